@@ -1,0 +1,95 @@
+# blockffn: `make demo` and `make test` do everything on a fresh machine; the other targets are their parts.
+#   PYTHON         interpreter for the virtual environment (>= 3.10)
+#   BUILD_PROFILE  native (this CPU, default) or portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX)
+#   JOBS           parallel compile jobs
+
+PYTHON        ?= python3
+BUILD_PROFILE ?= native
+JOBS          ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+TREE   := build/src/llama.cpp
+OUT    := build/$(BUILD_PROFILE)
+# tools that come by pip when the machine has none
+CMAKE  := $(shell command -v cmake 2>/dev/null || echo $(VENV)/bin/cmake)
+NINJA  := $(shell command -v ninja 2>/dev/null || echo $(VENV)/bin/ninja)
+
+PROGRAMS := llama-cli llama-completion llama-server llama-bench llama-batched-bench llama-quantize llama-perplexity \
+            llama-imatrix llama-gguf-split
+TESTS    := test-backend-ops test-llama-archs
+
+CMAKE_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DBLOCKFFN_OPS_DIR=$(CURDIR)/ggml-ops \
+               -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+               -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_IS_DEV=OFF
+ifeq ($(BUILD_PROFILE),native)
+CMAKE_FLAGS += -DGGML_NATIVE=ON
+else ifeq ($(BUILD_PROFILE),portable)
+CMAKE_FLAGS += -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
+else
+$(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable)
+endif
+
+.PHONY: demo test setup venv tree build lint bench bench-ops wheel refresh-patches clean
+
+setup: venv build
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml patches/UPSTREAM
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or set PYTHON=..."; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	    { echo "error: no virtual environment: install the venv module (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	$(PY) patches/tree.py fetch
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(PY) -m pip install --quiet --disable-pip-version-check \
+	    --find-links build/download --editable '.[dev]'
+	@touch $@
+
+tree: $(VENV)/.installed
+	@$(PY) patches/tree.py apply
+
+# Configuring again is cheap, and needed after a change of flags or of a CMake file; ninja does that by itself.
+$(OUT)/build.ninja: Makefile $(VENV)/.installed | tree
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	    { echo "error: no C++17 compiler: install one (Debian and Ubuntu: apt-get install g++)"; exit 1; }
+	@test -x $(CMAKE) || $(PY) -m pip install --quiet --disable-pip-version-check cmake==3.31.10
+	@test -x $(NINJA) || $(PY) -m pip install --quiet --disable-pip-version-check ninja==1.13.0
+	@mkdir -p $(OUT)
+	$(CMAKE) -S $(TREE) -B $(OUT) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) $(CMAKE_FLAGS) > $(OUT)/configure.log 2>&1 || \
+	    { tail -20 $(OUT)/configure.log; echo "error: cmake failed: see $(OUT)/configure.log"; exit 1; }
+
+build: tree $(OUT)/build.ninja
+	@$(NINJA) -C $(OUT) -j $(JOBS) $(PROGRAMS) $(TESTS) blockffn-programs
+
+# --- what people call ------------------------------------------------------------------------------------------------
+
+demo: setup
+	$(PY) examples/demo.py
+
+test: setup
+	$(PY) -m pytest
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*.h ggml-ops/*.c ggml-ops/*.cpp)
+
+bench: setup
+	$(VENV)/bin/blockffn bench
+
+bench-ops: setup
+	$(PY) -m blockffn.eval.bench_ops --build $(OUT)
+
+wheel:
+	$(MAKE) BUILD_PROFILE=portable setup
+	$(PY) python_bindings/build_wheel.py
+
+refresh-patches: tree
+	$(PY) patches/tree.py refresh
+
+clean:
+	rm -rf build/native build/portable build/src dist
