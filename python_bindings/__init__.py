@@ -1,0 +1,58 @@
+"""BlockFFN and DECO models (sparse ReLU-routed mixture-of-experts) in llama.cpp, from Python.
+
+    >>> import blockffn                            # before llama_cpp: it points the binding at the patched library
+    >>> blockffn.NGramDrafter.__name__             # every name below is imported when it is first used
+    'NGramDrafter'
+
+Importing this package is cheap: no torch, no numpy, no native library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from blockffn import library
+from blockffn.errors import BlockffnError
+
+if TYPE_CHECKING:
+    from blockffn import convert, eval, training
+    from blockffn.llama import Llama, UnionStats
+    from blockffn.speculative import EagleDrafter, ModelDrafter, NGramDrafter
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockffnError",
+    "EagleDrafter",
+    "Llama",
+    "ModelDrafter",
+    "NGramDrafter",
+    "UnionStats",
+    "convert",
+    "eval",
+    "training",
+]
+
+_NAMES = {
+    "Llama": "blockffn.llama",
+    "UnionStats": "blockffn.llama",
+    "EagleDrafter": "blockffn.speculative",
+    "ModelDrafter": "blockffn.speculative",
+    "NGramDrafter": "blockffn.speculative",
+}
+_MODULES = ("convert", "eval", "training")
+
+library.prepare()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or subpackage on first use (PEP 562)."""
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"blockffn.{name}")
+    raise AttributeError(f"module 'blockffn' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,217 @@
+"""The model class: llama_cpp.Llama on the patched library, with what BlockFFN models need beside it.
+
+>>> import blockffn
+>>> llm = blockffn.Llama("model.gguf", n_ctx=2048)                        # doctest: +SKIP
+>>> llm.create_completion("def add(a, b):", max_tokens=16)["choices"]     # doctest: +SKIP
+>>> llm.active_experts(llm.tokenize(b"import os")).mean()                 # doctest: +SKIP
+0.19
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from blockffn import _capi, gguf_contract, library, logs
+from blockffn.errors import BlockffnError
+from blockffn.evaluation import Evaluator
+from blockffn.threads import physical_cores
+
+library.load()
+import llama_cpp  # noqa: E402  only after `load`
+
+from blockffn.pieces import PieceTokenizer  # noqa: E402
+
+if TYPE_CHECKING:
+    from blockffn.speculative import Drafter
+
+DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
+FFN_KINDS = ("union", "dense")
+
+
+@dataclass(frozen=True)
+class UnionStats:
+    """What the routed experts of each layer cost since the last reset, arrays of length n_moe_layers.
+
+    active_pairs: (token, expert) pairs computed; union_size: experts loaded, counted once per evaluation;
+    n_tokens: tokens that passed the layer.
+    """
+
+    active_pairs: npt.NDArray[np.int64]
+    union_size: npt.NDArray[np.int64]
+    n_tokens: npt.NDArray[np.int64]
+    n_experts: int
+
+    def __sub__(self, earlier: UnionStats) -> UnionStats:
+        """Return what happened between two readings."""
+        return UnionStats(
+            self.active_pairs - earlier.active_pairs,
+            self.union_size - earlier.union_size,
+            self.n_tokens - earlier.n_tokens,
+            self.n_experts,
+        )
+
+    @property
+    def token_sparsity(self) -> float:
+        """TLS: 1 - mean share of experts active for one token, mean over layers; nan before any token."""
+        if not len(self.n_tokens) or not self.n_tokens.all():
+            return float("nan")
+        return float(1.0 - (self.active_pairs / (self.n_tokens * self.n_experts)).mean())
+
+
+class Llama(llama_cpp.Llama):
+    """llama_cpp.Llama with the router's choices, memory-bounded evaluation and working speculative decoding.
+
+    Beyond the arguments of llama_cpp.Llama:
+    drafter: proposes tokens that are verified in one batch (NGramDrafter, ModelDrafter, EagleDrafter); `generate` and
+        everything built on it use it, and results carry ``out["speculation"]``.
+    exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
+    ffn: "union" (sparse op) or "dense" (every expert, stock ops).
+    n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
+    Errors: BlockffnError for a file that is missing, damaged or of an unknown architecture, and for a context that the
+    model cannot have.
+    """
+
+    _evaluator: Evaluator | None = None
+    drafter: Drafter | None = None
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        drafter: Drafter | None = None,
+        exact: bool = False,
+        ffn: str = "union",
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        kv_overrides: dict[str, bool | int | float | str] | None = None,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if ffn not in FFN_KINDS:
+            raise BlockffnError(f"ffn: expected one of {', '.join(FFN_KINDS)}, found {ffn!r}")
+        overrides = dict(kv_overrides or {})
+        if ffn == "dense":
+            overrides[gguf_contract.key(gguf_contract.FFN_DENSE)] = True
+        threads = n_threads or physical_cores()
+        logs.install(verbose)
+        context = _checked_context(model_path, n_ctx)
+        with logs.collect() as lines:
+            try:
+                super().__init__(
+                    str(model_path),
+                    n_ctx=context,
+                    n_threads=threads,
+                    n_threads_batch=n_threads_batch or threads,
+                    kv_overrides=overrides or None,
+                    verbose=verbose,
+                    **kwargs,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise BlockffnError(f"{model_path}: {logs.reason(lines) or error}") from error
+        if kwargs.get("tokenizer") is None:
+            self.tokenizer_ = PieceTokenizer(self)
+        self.exact = exact
+        self.ffn = ffn
+        self.drafter = drafter
+
+    def close(self) -> None:
+        """Free the model and everything that was made from it."""
+        if self._evaluator is not None:
+            self._evaluator.close()
+            self._evaluator = None
+        if hasattr(self, "_stack"):  # absent when the constructor refused its arguments
+            super().close()
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Number of layers with routed experts (0 for a dense twin or another architecture)."""
+        return int(_capi.function("blockffn_n_moe_layers")(self.model))
+
+    @property
+    def n_experts(self) -> int:
+        """Number of routed experts per layer."""
+        return int(_capi.function("blockffn_n_experts")(self.model))
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the logits after every token, float32 [n_tokens, n_vocab]; the conversation is not touched."""
+        return self._evaluation().logits(tokens)
+
+    def hidden_states(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the hidden states float32 [n_tokens, n_embd], after the final norm."""
+        return self._evaluation().hidden_states(tokens)
+
+    def active_experts(self, tokens: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Return the router's choices, bool [n_moe_layers, n_tokens, n_experts]; the conversation is not touched."""
+        return self._evaluation().active_experts(tokens)
+
+    def union_stats(self, reset: bool = False) -> UnionStats:
+        """Return the expert counters of the conversation since the last reset (see UnionStats)."""
+        arrays = [np.zeros(self.n_moe_layers, np.int64) for _ in range(3)]
+        pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
+        _capi.function("blockffn_get_union_stats")(self.ctx, *pointers)
+        if reset:
+            _capi.function("blockffn_reset_union_stats")(self.ctx)
+        return UnionStats(*arrays, n_experts=self.n_experts)
+
+    def apply_adapters(self, ctx: Any) -> None:
+        """Give another context of this model the LoRA adapter that the conversation has."""
+        if self._lora_adapter is None:
+            return
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)
+        llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale))
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """Yield tokens as llama_cpp.Llama.generate does; with a drafter, through the draft and verify loop."""
+        if self.drafter is None:
+            return super().generate(tokens, *args, **kwargs)
+        from blockffn.speculative.generate import generate
+
+        return generate(self, tokens, *args, **kwargs)
+
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Complete a prompt as llama_cpp.Llama does; with a drafter the result (last chunk) carries "speculation"."""
+        result = super().create_completion(*args, **kwargs)
+        if self.drafter is None:
+            return result
+        if isinstance(result, dict):
+            return {**result, "speculation": self.speculation()}
+        return self._with_speculation(result)
+
+    def speculation(self) -> dict[str, Any]:
+        """Return the statistics of the last generation with a drafter: drafted, accepted, steps, union sizes."""
+        from blockffn.speculative.generate import statistics
+
+        return statistics(self)
+
+    def _with_speculation(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        for chunk in chunks:
+            done = chunk["choices"][0]["finish_reason"] is not None
+            yield {**chunk, "speculation": self.speculation()} if done else chunk
+
+    def _evaluation(self) -> Evaluator:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self)
+        return self._evaluator
+
+
+def _checked_context(model_path: str | Path, n_ctx: int | None) -> int:
+    """Return the context length to reserve, after a look at the header of the file."""
+    header = _capi.read_header(model_path)
+    if header.architecture == gguf_contract.ARCH_EAGLE:
+        raise BlockffnError(
+            f"{model_path}: this is a draft head ({header.architecture}), not a model: load the model it was made for "
+            f"and give it drafter=blockffn.EagleDrafter({str(model_path)!r}, llm)"
+        )
+    if n_ctx is None:
+        return min(header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if n_ctx < 0:
+        raise BlockffnError(f"n_ctx: expected a number of tokens, or 0 for the trained context; found {n_ctx}")
+    return n_ctx

@@ -1,0 +1,72 @@
+"""What llama.cpp writes to its log: kept quiet, and turned into error messages when something fails.
+
+>>> from blockffn import logs
+>>> with logs.collect() as lines:
+...     pass                       # calls into llama.cpp
+>>> logs.reason(lines)
+''
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from blockffn import library
+
+WARN, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
+_PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*: )+")  # "llama_model_load: error loading model: "
+
+
+class _Sink:
+    """State of the one log callback of the process."""
+
+    verbose = False
+    level = 0
+    lines: list[str] | None = None
+    callback: Any = None
+
+
+def _receive(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+    if level != CONTINUED:
+        _Sink.level = level
+    message = text.decode("utf-8", errors="replace")
+    if _Sink.lines is not None and _Sink.level in (WARN, ERROR):
+        _Sink.lines.append(message.strip())
+    if _Sink.verbose:
+        print(message, end="", file=sys.stderr, flush=True)
+
+
+def install(verbose: bool) -> None:
+    """Send llama.cpp's log to stderr when `verbose`, nowhere otherwise."""
+    low_level = library.load()
+    _Sink.verbose = verbose
+    if _Sink.callback is None:
+        import llama_cpp._logger  # noqa: F401  sets its own callback when first imported; ours has to come after it
+
+        _Sink.callback = low_level.llama_log_callback(_receive)
+        low_level.llama_log_set(_Sink.callback, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[str]]:
+    """Collect the warnings and errors that llama.cpp logs inside the block, one string each."""
+    before, lines = _Sink.lines, list[str]()
+    _Sink.lines = lines
+    try:
+        yield lines
+    finally:
+        _Sink.lines = before
+
+
+def reason(lines: list[str]) -> str:
+    """Return the first of the collected lines that says why something failed, without function names."""
+    for line in lines:
+        text = _PREFIX.sub("", line).removeprefix("error loading model: ")
+        if text and not text.startswith(("failed to load model", "exiting due to")):
+            return text
+    return ""
