@@ -1,0 +1,138 @@
+"""Arguments and steps that the commands which run a model share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from blockffn import _capi, gguf_contract
+from blockffn.errors import BlockffnError
+
+if TYPE_CHECKING:
+    from blockffn.llama import Llama, UnionStats
+
+
+def count(text: str) -> int:
+    """Argument type: a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `open_model`."""
+    parser.add_argument("-m", "--model", required=True, metavar="M.gguf", help="model file")
+    parser.add_argument("-c", "--ctx-size", type=count, metavar="N", help="context (default: the trained one, <= 4096)")
+    parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
+    parser.add_argument("--ffn", choices=("union", "dense"), default="union", help="sparse op or every expert")
+    parser.add_argument("--exact", action="store_true", help="speculative greedy text equals plain greedy text")
+    parser.add_argument("--draft", metavar="ngram|PATH", help="speculate: n-grams, a draft model or an EAGLE head")
+    parser.add_argument("--tree", action="store_true", help="let an EAGLE head draft trees")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the log of llama.cpp")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sampling`."""
+    parser.add_argument("--temp", type=float, default=0.8, metavar="T", help="temperature, 0 = greedy (default: 0.8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampler (default: 0)")
+    parser.add_argument("--top-k", type=int, default=40, metavar="K", help="keep the K likeliest tokens (default: 40)")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="keep this much mass (default: 0.95)")
+    parser.add_argument("--min-p", type=float, default=0.05, metavar="P", help="drop below P x likeliest")
+    parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="1 = none (default)")
+
+
+def open_model(args: argparse.Namespace) -> Llama:
+    """Load the model that the arguments name, with its drafter."""
+    if args.tree and args.draft is None:
+        raise BlockffnError("--tree: needs --draft with an EAGLE head")
+    import blockffn
+
+    llm: Llama = blockffn.Llama(
+        args.model,
+        n_ctx=args.ctx_size,
+        n_threads=args.threads,
+        ffn=args.ffn,
+        exact=args.exact,
+        verbose=args.verbose,
+    )
+    if args.draft is not None:
+        llm.drafter = open_drafter(args.draft, args.tree, llm)
+    return llm
+
+
+def open_drafter(what: str, tree: bool, llm: Llama) -> Any:
+    """Return the drafter for --draft: "ngram", a model file, or the file of an EAGLE head."""
+    import blockffn
+
+    if what == "ngram":
+        if tree:
+            raise BlockffnError("--tree: n-gram drafts are chains; use --draft with the file of an EAGLE head")
+        return blockffn.NGramDrafter()
+    if _capi.read_header(what).architecture == gguf_contract.ARCH_EAGLE:
+        return blockffn.EagleDrafter(what, llm, **({"tree": True} if tree else {}))
+    if tree:
+        raise BlockffnError(f"--tree: {what} is a model, not an EAGLE head: a draft model proposes chains")
+    return blockffn.ModelDrafter(what)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling arguments of `Llama.generate`."""
+    return {
+        "temp": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+    }
+
+
+@dataclass
+class Meter:
+    """Clock and counters of one generation: `start` before it, `token` for each token of it, `report` after it."""
+
+    llm: Llama
+    n_prompt: int
+    n_tokens: int = 0
+    times: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # start, first token, last token
+    prompt_stats: UnionStats | None = None
+
+    def start(self) -> None:
+        """Call before the prompt is evaluated."""
+        self.times[0] = time.perf_counter()
+
+    def token(self) -> None:
+        """Call when a token arrives."""
+        now = time.perf_counter()
+        if self.n_tokens == 0:
+            self.times[1] = now
+            self.prompt_stats = self.llm.union_stats() if self.llm.n_moe_layers else None
+        self.times[2] = now
+        self.n_tokens += 1
+
+    def report(self) -> dict[str, Any]:
+        """Return the figures; None where there is nothing to measure."""
+        start, first, last = self.times
+        result: dict[str, Any] = {
+            "prompt_tokens": self.n_prompt,
+            "generated_tokens": self.n_tokens,
+            "prompt_tokens_per_second": _rate(self.n_prompt, first - start),
+            "decode_tokens_per_second": _rate(self.n_tokens - 1, last - first),
+            "token_sparsity": None,
+        }
+        if self.prompt_stats is not None and self.n_tokens > 1:
+            stats = self.llm.union_stats() - self.prompt_stats
+            result["token_sparsity"] = None if math.isnan(stats.token_sparsity) else stats.token_sparsity
+            result["experts"] = stats.n_experts
+            result["experts_active_per_token"] = _rate(float(stats.active_pairs.sum()), float(stats.n_tokens.sum()))
+            result["experts_loaded_per_token"] = _rate(float(stats.union_size.sum()), float(stats.n_tokens.sum()))
+        if self.llm.drafter is not None:
+            result["speculation"] = self.llm.speculation()
+        return result
+
+
+def _rate(amount: float, per: float) -> float | None:
+    return amount / per if per > 0 and amount > 0 else None
