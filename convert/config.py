@@ -1,0 +1,50 @@
+"""config.json -> ModelConfig: decides whose configuration it is and hands over to that reader.
+
+config = read_config(open_checkpoint("BlockFFN-XLarge"))
+config.moe.n_expert    # 56
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blockffn.convert import config_blockffn, config_deco
+from blockffn.convert.checkpoint import Checkpoint
+from blockffn.convert.model_config import ModelConfig
+from blockffn.errors import BlockffnError
+
+OURS = "MiniCPMForCausalLM with ffn_type (BlockFFN, its dense twin, ReMoE), BlockFFNForCausalLM (DECO), BMTrain training files"
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Return the model's configuration, checked against the tensor shapes. Decisions go to checkpoint.notes."""
+    config = checkpoint.config
+    name = _architecture(config)
+    if "dim_model" in config:
+        return config_blockffn.read_bmtrain(checkpoint)
+    if name == "BlockFFNForCausalLM" or config.get("model_type") == "blockffn":
+        return config_deco.read(checkpoint)
+    if {"fc.weight", "input_norm1.weight"} <= set(checkpoint.tensors):
+        raise BlockffnError(
+            f"{checkpoint.folder}: an EAGLE draft head, not a model; convert it with --target naming the model it drafts for"
+        )
+    if config.get("ffn_type") is not None and name in (None, "MiniCPMForCausalLM"):
+        return config_blockffn.read(checkpoint)
+    if name == "MiniCPMForCausalLM" or config.get("model_type") == "minicpm":
+        raise BlockffnError(
+            "config.json: ffn_type is missing: this is an ordinary MiniCPM model, not a BlockFFN one; convert it with "
+            "llama.cpp's own convert_hf_to_gguf.py"
+        )
+    raise BlockffnError(
+        f"config.json: architectures: expected {OURS}, found {name!r}; other models are converted with llama.cpp's own "
+        "convert_hf_to_gguf.py"
+    )
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    names = config.get("architectures")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise BlockffnError(f"config.json: architectures: expected a list of one class name, found {names!r}")
+    return str(names[0])
