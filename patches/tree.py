@@ -56,14 +56,10 @@ def series() -> list[Path]:
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256_blocks(file)
-
-
-def _sha256_blocks(file) -> str:  # noqa: ANN001  Python 3.10 has no file_digest
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,0 +1,458 @@
+#include "blockffn-model.h"
+
+#include <string>
+
+//
+// names of the enumerations in GGUF files
+//
+
+static const char * const ROUTER_NORMS[] = { "none", "rms", "sum", "normal" };
+static const char * const ROUTER_BIASES[] = { "none", "base", "rms" };
+static const char * const ACTIVATIONS[]   = { "silu",      "relu",           "gelu",           "relu_squared",
+                                              "norm_silu", "norm_silu_nomean", "norm_silu_norms" };
+
+const char * blockffn_router_norm_name(blockffn_router_norm value) {
+    return ROUTER_NORMS[value];
+}
+
+const char * blockffn_router_bias_name(blockffn_router_bias value) {
+    return ROUTER_BIASES[value];
+}
+
+const char * blockffn_activation_name(blockffn_activation value) {
+    return ACTIVATIONS[value];
+}
+
+// the value of a key that holds one of a few names; an unknown name is an error that lists the known ones
+template <typename T, size_t N>
+static T get_named(llama_model_loader & ml, enum llm_kv key, const char * const (&names)[N]) {
+    std::string found;
+    ml.get_key(key, found);
+    std::string known;
+    for (size_t i = 0; i < N; ++i) {
+        if (found == names[i]) {
+            return (T) i;
+        }
+        known += std::string(i ? ", " : "") + names[i];
+    }
+    throw std::runtime_error(ml.llm_kv(key) + ": expected one of " + known + "; found '" + found + "'");
+}
+
+//
+// hyper-parameters
+//
+
+void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
+    auto & bf = hparams.blockffn;
+
+    ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+    ml.get_key(LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
+    ml.get_key(LLM_KV_RESIDUAL_SCALE, hparams.f_residual_scale);
+    ml.get_key(LLM_KV_LOGIT_SCALE, hparams.f_logit_scale);
+    bf.dense_act = get_named<blockffn_activation>(ml, LLM_KV_HIDDEN_ACT, ACTIVATIONS);
+    if (bf.dense_act > BLOCKFFN_ACTIVATION_GELU) {
+        throw std::runtime_error(ml.llm_kv(LLM_KV_HIDDEN_ACT) + ": a dense FFN knows silu, relu and gelu");
+    }
+    ml.get_key(LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR, bf.rope_dynamic_factor, false);
+
+    ml.get_key(LLM_KV_ATTENTION_KEY_LENGTH_MLA, hparams.n_embd_head_k_mla_impl, false);
+    ml.get_key(LLM_KV_ATTENTION_VALUE_LENGTH_MLA, hparams.n_embd_head_v_mla_impl, false);
+    if (hparams.is_mla()) {
+        ml.get_key(LLM_KV_ATTENTION_Q_LORA_RANK, hparams.n_lora_q);
+        ml.get_key(LLM_KV_ATTENTION_KV_LORA_RANK, hparams.n_lora_kv);
+        ml.get_key(LLM_KV_ATTENTION_LORA_LAYERNORM_RMS_EPS, bf.lora_rms_eps);
+    }
+
+    if (hparams.n_expert > 0) {
+        ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
+        ml.get_key(LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp, false);
+        bf.activation  = get_named<blockffn_activation>(ml, LLM_KV_EXPERT_ACTIVATION, ACTIVATIONS);
+        bf.router_norm = get_named<blockffn_router_norm>(ml, LLM_KV_ROUTER_NORM, ROUTER_NORMS);
+        bf.router_bias = get_named<blockffn_router_bias>(ml, LLM_KV_ROUTER_BIAS_METHOD, ROUTER_BIASES);
+        ml.get_key(LLM_KV_EXPERT_ACTIVATION_EPS, bf.activation_eps);
+        ml.get_key(LLM_KV_ROUTER_NORM_EPS, bf.router_norm_eps);
+        ml.get_key(LLM_KV_ROUTER_NORM_SCALE, bf.router_norm_scale);
+        ml.get_key(LLM_KV_ROUTER_SCALE, bf.router_scale);
+
+        static const char * const layouts[] = { "expert", "dense" };
+        bf.dense_layout                     = get_named<int>(ml, LLM_KV_EXPERT_LAYOUT, layouts) == 1;
+        ml.get_key(LLM_KV_FFN_DENSE, bf.ffn_dense, false);
+    }
+
+    switch (hparams.n_layer()) {
+        case 16: type = LLM_TYPE_SMALL; break;
+        case 27: type = LLM_TYPE_0_5B; break;
+        case 32: type = hparams.n_embd == 1536 ? LLM_TYPE_0_8B : LLM_TYPE_1_2B; break;
+        case 35: type = LLM_TYPE_1_2B; break;
+        default: type = LLM_TYPE_UNKNOWN;
+    }
+}
+
+//
+// tensors
+//
+
+void llama_model_blockffn::load_arch_tensors(llama_model_loader & ml) {
+    LLAMA_LOAD_LOCALS;
+
+    tok_embd    = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, 0);
+    output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), { n_embd }, 0);
+    output      = create_tensor(tn(LLM_TENSOR_OUTPUT, "weight"), { n_embd, n_vocab }, TENSOR_NOT_REQUIRED);
+    if (output == nullptr) {
+        output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, TENSOR_DUPLICATED);
+    }
+
+    for (int il = 0; il < n_layer; ++il) {
+        layers[il].attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", il), { n_embd }, 0);
+        layers[il].ffn_norm  = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", il), { n_embd }, 0);
+        load_attention(layers[il], il);
+        load_ffn(ml, layers[il], il);
+    }
+}
+
+void llama_model_blockffn::load_attention(llama_layer & layer, int il) {
+    LLAMA_LOAD_LOCALS;
+
+    if (!hparams.is_mla()) {
+        create_tensor_qkv(layer, il, n_embd, n_embd_head_k * n_head, n_embd_k_gqa, n_embd_v_gqa, 0);
+        layer.wo = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), { n_embd_head_k * n_head, n_embd }, 0);
+        return;
+    }
+    const int64_t q_rank  = hparams.n_lora_q;
+    const int64_t kv_rank = hparams.n_lora_kv;
+    const int64_t n_k     = hparams.n_embd_head_k_mla();  // nope + rope
+    const int64_t n_v     = hparams.n_embd_head_v_mla();
+    const int64_t n_nope  = n_k - n_rot;
+
+    layer.wq_a           = create_tensor(tn(LLM_TENSOR_ATTN_Q_A, "weight", il), { n_embd, q_rank }, 0);
+    layer.attn_q_a_norm  = create_tensor(tn(LLM_TENSOR_ATTN_Q_A_NORM, "weight", il), { q_rank }, 0);
+    layer.wq_b           = create_tensor(tn(LLM_TENSOR_ATTN_Q_B, "weight", il), { q_rank, n_head * n_k }, 0);
+    layer.wkv_a_mqa      = create_tensor(tn(LLM_TENSOR_ATTN_KV_A_MQA, "weight", il), { n_embd, kv_rank + n_rot }, 0);
+    layer.attn_kv_a_norm = create_tensor(tn(LLM_TENSOR_ATTN_KV_A_NORM, "weight", il), { kv_rank }, 0);
+    layer.wk_b           = create_tensor(tn(LLM_TENSOR_ATTN_K_B, "weight", il), { n_nope, kv_rank, n_head }, 0);
+    layer.wv_b           = create_tensor(tn(LLM_TENSOR_ATTN_V_B, "weight", il), { kv_rank, n_v, n_head }, 0);
+    layer.wo             = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), { n_head * n_v, n_embd }, 0);
+}
+
+void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer, int il) {
+    LLAMA_LOAD_LOCALS;
+    const auto &  bf       = hparams.blockffn;
+    const int64_t n_dense  = hparams.n_ff(il);
+    const int64_t d        = hparams.n_ff_exp();
+    const int64_t n_shared = hparams.n_ff_shexp;
+
+    if (n_dense > 0) {
+        layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), { n_embd, n_dense }, 0);
+        layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP, "weight", il), { n_embd, n_dense }, 0);
+        layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), { n_dense, n_embd }, 0);
+        return;
+    }
+    if (n_expert == 0) {
+        throw std::runtime_error("blockffn.feed_forward_length is 0 for layer " + std::to_string(il) +
+                                 ", which marks a layer of experts, but blockffn.expert_count is 0");
+    }
+    layer.ffn_gate_inp = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP, "weight", il), { n_embd, n_expert }, 0);
+    // the factor on the scores: one per expert, one for all, or none
+    const auto  name   = tn(LLM_TENSOR_FFN_ROUTER_NORM, "weight", il);
+    const auto  meta   = ml.get_tensor_meta(name.str().c_str());
+    const int   factor = bf.router_norm == BLOCKFFN_ROUTER_NORM_RMS ? 0 : TENSOR_NOT_REQUIRED;
+    layer.ffn_router_norm = create_tensor(name, { meta && meta->ne[0] == 1 ? 1 : n_expert }, factor);
+    const int bias        = bf.router_bias == BLOCKFFN_ROUTER_BIAS_NONE ? TENSOR_NOT_REQUIRED : 0;
+    layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias", il), { n_expert }, bias);
+
+    if (bf.dense_layout) {
+        layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), { n_embd, n_expert * d }, TENSOR_NOT_REQUIRED);
+        layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP, "weight", il), { n_embd, n_expert * d }, 0);
+        layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), { n_expert * d, n_embd }, 0);
+    } else {
+        layer.ffn_gate_exps = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", il), { n_embd, d, n_expert }, TENSOR_NOT_REQUIRED);
+        layer.ffn_up_exps   = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS, "weight", il), { n_embd, d, n_expert }, 0);
+        layer.ffn_down_exps = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS, "weight", il), { d, n_embd, n_expert }, 0);
+    }
+
+    const bool has_norm = bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NOMEAN;
+    const bool has_mean = bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NORMS;
+    if (has_norm) {
+        layer.ffn_act_norm = create_tensor(tn(LLM_TENSOR_FFN_ACT_NORM, "weight", il), { d }, 0);
+    }
+    if (has_mean) {
+        layer.ffn_act_mean = create_tensor(tn(LLM_TENSOR_FFN_ACT_MEAN, "weight", il), { n_embd }, 0);
+    }
+    if (n_shared > 0) {
+        layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", il), { n_embd, n_shared }, TENSOR_NOT_REQUIRED);
+        layer.ffn_up_shexp   = create_tensor(tn(LLM_TENSOR_FFN_UP_SHEXP, "weight", il), { n_embd, n_shared }, 0);
+        layer.ffn_down_shexp = create_tensor(tn(LLM_TENSOR_FFN_DOWN_SHEXP, "weight", il), { n_shared, n_embd }, 0);
+    }
+}
+
+//
+// graph
+//
+
+std::unique_ptr<llm_graph_context> llama_model_blockffn::build_arch_graph(const llm_graph_params & params) const {
+    return std::make_unique<graph>(*this, params);
+}
+
+llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_params & params) :
+    llm_graph_context(params) {
+    const auto & bf = hparams.blockffn;
+    if (bf.rope_dynamic_factor > 0.0f && cparams.n_ctx_seq > hparams.n_ctx_train) {
+        throw std::runtime_error("this model scales RoPE dynamically beyond its trained context of " +
+                                 std::to_string(hparams.n_ctx_train) + " tokens, which is not supported: use a context of at most that");
+    }
+    const bool mla = hparams.is_mla();
+
+    ggml_tensor * inpL = build_inp_embd(model.tok_embd);  // [n_embd, n_tokens]
+    inpL               = ggml_scale(ctx0, inpL, hparams.f_embedding_scale);
+    cb(inpL, "inp_scaled", -1);
+
+    ggml_tensor * pos     = build_inp_pos();
+    auto *        inp_k   = mla ? build_attn_inp_k() : nullptr;
+    auto *        inp_kv  = mla ? nullptr : build_attn_inp_kv();
+    ggml_tensor * out_ids = build_inp_out_ids();
+    // a draft head reads the hidden states of all tokens, everybody else only those of the output rows
+    const bool all_hidden = cparams.embeddings_nextn && !cparams.embeddings_nextn_masked;
+
+    for (int il = 0; il < n_layer; ++il) {
+        const auto & layer = model.layers[il];
+
+        ggml_tensor * cur = build_norm(inpL, layer.attn_norm, nullptr, LLM_NORM_RMS, il);
+        cb(cur, "attn_norm", il);
+        cur = mla ? build_mla(layer, inp_k, cur, pos, il) : build_gqa(layer, inp_kv, cur, pos, il);
+        cb(cur, "attn_out", il);
+
+        if (il == n_layer - 1 && out_ids && !all_hidden) {
+            cur  = ggml_get_rows(ctx0, cur, out_ids);
+            inpL = ggml_get_rows(ctx0, inpL, out_ids);
+        }
+        ggml_tensor * ffn_inp = ggml_add(ctx0, ggml_scale(ctx0, cur, hparams.f_residual_scale), inpL);
+        cb(ffn_inp, "ffn_inp", il);
+
+        cur = build_norm(ffn_inp, layer.ffn_norm, nullptr, LLM_NORM_RMS, il);
+        cb(cur, "ffn_norm", il);
+        cur = build_ffn_block(layer, cur, il);
+        cb(cur, "ffn_out", il);
+
+        cur  = ggml_add(ctx0, ggml_scale(ctx0, cur, hparams.f_residual_scale), ffn_inp);
+        cur  = build_cvec(cur, il);
+        inpL = cur;
+        cb(inpL, "l_out", il);
+    }
+
+    ggml_tensor * cur = build_norm(inpL, model.output_norm, nullptr, LLM_NORM_RMS, -1);
+    res->t_h_nextn    = cur;
+    if (all_hidden && out_ids) {
+        cur = ggml_get_rows(ctx0, cur, out_ids);
+    }
+    cb(cur, "result_norm", -1);
+    res->t_embd = cur;
+
+    cur = build_lora_mm(model.output, ggml_scale(ctx0, cur, hparams.f_logit_scale));  // [n_vocab, n_outputs]
+    cb(cur, "result_output", -1);
+    res->t_logits = cur;
+    ggml_build_forward_expand(gf, cur);
+}
+
+// Multi-head latent attention in absorbed form: one shared key [kv_rank + rope] per token is all that the cache holds.
+ggml_tensor * llama_model_blockffn::graph::build_mla(
+        const llama_layer & layer, llm_graph_input_attn_k * inp, ggml_tensor * cur, ggml_tensor * pos, int il) {
+    const int64_t n_k     = hparams.n_embd_head_k_mla();
+    const int64_t n_nope  = n_k - n_rot;
+    const int64_t kv_rank = hparams.n_lora_kv;
+    const float   eps     = hparams.blockffn.lora_rms_eps;
+
+    ggml_tensor * q = build_lora_mm(layer.wq_a, cur);
+    q               = ggml_mul(ctx0, ggml_rms_norm(ctx0, q, eps), layer.attn_q_a_norm);
+    q               = build_lora_mm(layer.wq_b, q);
+    q               = ggml_reshape_3d(ctx0, q, n_k, n_head, n_tokens);  // per head [nope | rope]
+    cb(q, "q", il);
+
+    ggml_tensor * q_nope = ggml_view_3d(ctx0, q, n_nope, n_head, n_tokens, q->nb[1], q->nb[2], 0);
+    ggml_tensor * q_rope =
+        ggml_view_3d(ctx0, q, n_rot, n_head, n_tokens, q->nb[1], q->nb[2], ggml_row_size(q->type, n_nope));
+    q_rope = ggml_rope_ext(ctx0, q_rope, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor,
+                           attn_factor, beta_fast, beta_slow);
+    cb(q_rope, "q_rope", il);
+
+    ggml_tensor * kv = build_lora_mm(layer.wkv_a_mqa, cur);  // [kv_rank + rope, n_tokens]
+    ggml_tensor * c  = ggml_view_2d(ctx0, kv, kv_rank, n_tokens, kv->nb[1], 0);
+    c                = ggml_mul(ctx0, ggml_rms_norm(ctx0, c, eps), layer.attn_kv_a_norm);
+    c                = ggml_reshape_3d(ctx0, c, kv_rank, 1, n_tokens);
+    cb(c, "kv_compressed", il);
+    ggml_tensor * k_rope =
+        ggml_view_3d(ctx0, kv, n_rot, 1, n_tokens, kv->nb[1], kv->nb[1], ggml_row_size(kv->type, kv_rank));
+    k_rope = ggml_rope_ext(ctx0, k_rope, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor,
+                           attn_factor, beta_fast, beta_slow);
+    cb(k_rope, "k_rope", il);
+
+    q_nope = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);        // [nope, n_tokens, n_head]
+    q_nope = ggml_mul_mat(ctx0, layer.wk_b, q_nope);        // [kv_rank, n_tokens, n_head]
+    q_nope = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);        // [kv_rank, n_head, n_tokens]
+    q      = ggml_concat(ctx0, q_nope, q_rope, 0);          // [kv_rank + rope, n_head, n_tokens]
+    ggml_tensor * k = ggml_concat(ctx0, c, k_rope, 0);      // [kv_rank + rope, 1, n_tokens]
+
+    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, c, nullptr, nullptr, layer.wv_b, 1.0f / sqrtf(float(n_k)), il);
+}
+
+// Grouped-query attention.
+ggml_tensor * llama_model_blockffn::graph::build_gqa(
+        const llama_layer & layer, llm_graph_input_attn_kv * inp, ggml_tensor * cur, ggml_tensor * pos, int il) {
+    auto [q, k, v] = build_qkv(layer, cur, n_embd_head_k, n_head, n_head_kv, il);
+    q = ggml_rope_ext(ctx0, q, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor,
+                      beta_fast, beta_slow);
+    k = ggml_rope_ext(ctx0, k, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor,
+                      beta_fast, beta_slow);
+    cb(q, "q", il);
+    cb(k, "k", il);
+    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, v, nullptr, nullptr, nullptr, 1.0f / sqrtf(float(n_embd_head_k)), il);
+}
+
+// The FFN of one layer: y [n_embd, n_tokens] from its normed input.
+ggml_tensor * llama_model_blockffn::graph::build_ffn_block(const llama_layer & layer, ggml_tensor * cur, int il) {
+    if (hparams.n_ff(il) > 0) {
+        return build_plain_ffn(layer.ffn_up, layer.ffn_gate, layer.ffn_down, cur, il);
+    }
+    const routing r = build_router(layer, cur, il);
+    ggml_build_forward_expand(gf, r.active);
+    res->t_expert_scores.push_back(r.active);
+
+    ggml_tensor * y = build_experts_dense(layer, cur, r.scores, il);
+    cb(y, "ffn_experts", il);
+    if (layer.ffn_up_shexp) {
+        y = ggml_add(ctx0, y, build_plain_ffn(layer.ffn_up_shexp, layer.ffn_gate_shexp, layer.ffn_down_shexp, cur, il));
+    }
+    return y;
+}
+
+// Scores of all experts: ReLU, active set, norm, factors (BlockFFN eq. 3 to 5, DECO eq. 4 to 7).
+llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(
+        const llama_layer & layer, ggml_tensor * cur, int il) {
+    const auto & bf = hparams.blockffn;
+
+    ggml_tensor * logits = ggml_mul_mat(ctx0, layer.ffn_gate_inp, cur);  // [n_expert, n_tokens]
+    ggml_prec_set_acc(logits, GGML_PREC_F32);
+    cb(logits, "ffn_router_logits", il);
+
+    ggml_tensor * active = ggml_relu(ctx0, logits);
+    if (layer.ffn_exp_probs_b && bf.router_bias != BLOCKFFN_ROUTER_BIAS_NONE) {
+        // the bias only selects: the score stays that of the logit itself
+        ggml_tensor * shifted = nullptr;
+        if (bf.router_bias == BLOCKFFN_ROUTER_BIAS_RMS) {
+            ggml_tensor * rms = ggml_sqrt(ctx0, ggml_mean(ctx0, ggml_sqr(ctx0, logits)));  // [1, n_tokens]
+            ggml_tensor * b   = ggml_repeat(ctx0, layer.ffn_exp_probs_b, logits);
+            shifted           = ggml_add(ctx0, logits, ggml_mul(ctx0, b, rms));
+        } else {
+            shifted = ggml_add(ctx0, logits, layer.ffn_exp_probs_b);
+        }
+        active = ggml_mul(ctx0, active, ggml_step(ctx0, shifted));
+    }
+    cb(active, "ffn_router_active", il);
+
+    ggml_tensor * scores = active;
+    switch (bf.router_norm) {
+        case BLOCKFFN_ROUTER_NORM_NONE:
+            break;
+        case BLOCKFFN_ROUTER_NORM_RMS:
+            scores = ggml_rms_norm(ctx0, active, bf.router_norm_eps);
+            break;
+        case BLOCKFFN_ROUTER_NORM_SUM:
+            scores = ggml_div(ctx0, active, ggml_scale_bias(ctx0, ggml_sum_rows(ctx0, active), bf.router_norm_scale, 1e-5f));
+            break;
+        case BLOCKFFN_ROUTER_NORM_NORMAL:
+            scores = ggml_norm(ctx0, active, bf.router_norm_eps);
+            break;
+    }
+    if (layer.ffn_router_norm) {
+        scores = ggml_mul(ctx0, scores, layer.ffn_router_norm);
+    }
+    if (bf.router_scale != 1.0f) {
+        scores = ggml_scale(ctx0, scores, bf.router_scale);
+    }
+    cb(scores, "ffn_router_scores", il);
+    // with the norm `normal` an inactive expert has a score too: every expert counts
+    return { scores, bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL ? scores : active };
+}
+
+// All experts through stock ops. Dense layout: two matrix products. Expert layout: mul_mat_id with every expert, which
+// every backend, packed buffer type and the imatrix tool know.
+ggml_tensor * llama_model_blockffn::graph::build_experts_dense(
+        const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores, int il) {
+    const bool    flat = hparams.blockffn.dense_layout;
+    const int64_t d    = hparams.n_ff_exp();
+    const int64_t n    = cur->ne[1];
+
+    ggml_tensor * ids = nullptr;
+    if (!flat) {
+        ids = ggml_repeat_4d(ctx0, ggml_arange(ctx0, 0.0f, float(n_expert), 1.0f), n_expert, n, 1, 1);
+        ids = ggml_cast(ctx0, ids, GGML_TYPE_I32);  // [n_expert, n]
+    }
+    const auto project = [&](ggml_tensor * w, ggml_tensor * w_exps) {  // [d, n_expert, n]
+        if (flat) {
+            return ggml_reshape_3d(ctx0, build_lora_mm(w, cur), d, n_expert, n);
+        }
+        return build_lora_mm_id(w_exps, ggml_reshape_3d(ctx0, cur, n_embd, 1, n), ids);
+    };
+
+    ggml_tensor * z = project(layer.ffn_up, layer.ffn_up_exps);
+    cb(z, "ffn_up", il);
+    if (layer.ffn_gate || layer.ffn_gate_exps) {
+        z = ggml_mul(ctx0, build_activation(layer, project(layer.ffn_gate, layer.ffn_gate_exps), cur), z);
+    } else {
+        z = build_activation(layer, z, cur);
+    }
+    z = ggml_mul(ctx0, z, ggml_reshape_3d(ctx0, scores, 1, n_expert, n));
+    cb(z, "ffn_hidden", il);
+
+    if (flat) {
+        return build_lora_mm(layer.ffn_down, ggml_reshape_2d(ctx0, z, d * n_expert, n));
+    }
+    ggml_tensor * y = build_lora_mm_id(layer.ffn_down_exps, z, ids);  // [n_embd, n_expert, n]
+    y               = ggml_cont(ctx0, ggml_permute(ctx0, y, 1, 0, 2, 3));
+    return ggml_reshape_2d(ctx0, ggml_sum_rows(ctx0, y), n_embd, n);
+}
+
+// The activation of the experts on z [d, n_expert, n]; cur [n_embd, n] is what z was projected from.
+ggml_tensor * llama_model_blockffn::graph::build_activation(const llama_layer & layer, ggml_tensor * z, ggml_tensor * cur) {
+    const auto & bf = hparams.blockffn;
+    if (layer.ffn_act_mean) {
+        // mean over the projections of all experts: one dot product with the mean row
+        ggml_tensor * mean = ggml_mul_mat(ctx0, layer.ffn_act_mean, cur);  // [1, n]
+        z                  = ggml_sub(ctx0, z, ggml_reshape_3d(ctx0, mean, 1, 1, cur->ne[1]));
+    }
+    if (layer.ffn_act_norm) {
+        z = ggml_mul(ctx0, ggml_rms_norm(ctx0, z, bf.activation_eps), layer.ffn_act_norm);
+    }
+    switch (bf.activation) {
+        case BLOCKFFN_ACTIVATION_RELU:
+            return ggml_relu(ctx0, z);
+        case BLOCKFFN_ACTIVATION_GELU:
+            return ggml_gelu_erf(ctx0, z);
+        case BLOCKFFN_ACTIVATION_RELU_SQUARED:
+            return ggml_sqr(ctx0, ggml_relu(ctx0, z));
+        default:
+            return ggml_silu(ctx0, z);
+    }
+}
+
+// Dense or shared FFN: down(act(gate x) * up x), or down(act(up x)) where there is no gate.
+ggml_tensor * llama_model_blockffn::graph::build_plain_ffn(
+        ggml_tensor * up, ggml_tensor * gate, ggml_tensor * down, ggml_tensor * cur, int il) {
+    const auto act = [&](ggml_tensor * z) {
+        switch (hparams.blockffn.dense_act) {
+            case BLOCKFFN_ACTIVATION_RELU:
+                return ggml_relu(ctx0, z);
+            case BLOCKFFN_ACTIVATION_GELU:
+                return ggml_gelu_erf(ctx0, z);
+            default:
+                return ggml_silu(ctx0, z);
+        }
+    };
+    ggml_tensor * z = build_lora_mm(up, cur);
+    if (gate && hparams.blockffn.dense_act == BLOCKFFN_ACTIVATION_SILU) {
+        z = ggml_swiglu_split(ctx0, build_lora_mm(gate, cur), z);
+    } else {
+        z = gate ? ggml_mul(ctx0, act(build_lora_mm(gate, cur)), z) : act(z);
+    }
+    cb(z, "ffn_plain_hidden", il);
+    return build_lora_mm(down, z);
+}

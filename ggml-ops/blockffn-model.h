@@ -1,0 +1,41 @@
+#pragma once
+
+// BlockFFN (arXiv 2507.08771), DECO (arXiv 2605.10933), their dense twins and ReMoE as one llama.cpp model.
+// docs/gguf.md lists the keys and tensors.
+
+#include "models/models.h"
+
+struct llama_model_blockffn : public llama_model_base {
+    llama_model_blockffn(const struct llama_model_params & params) : llama_model_base(params) {}
+
+    void load_arch_hparams(llama_model_loader & ml) override;
+    void load_arch_tensors(llama_model_loader & ml) override;
+
+    std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;
+
+    struct graph;
+
+  private:
+    void load_attention(llama_layer & layer, int il);
+    void load_ffn(llama_model_loader & ml, llama_layer & layer, int il);
+};
+
+// One graph of the decoder. FFN layers: dense (n_ff > 0), or routed experts through the union op or through stock ops.
+struct llama_model_blockffn::graph : public llm_graph_context {
+    graph(const llama_model & model, const llm_graph_params & params);
+
+  private:
+    struct routing {
+        ggml_tensor * scores;  // [n_expert, n_tokens]
+        ggml_tensor * active;  // [n_expert, n_tokens], nonzero where the expert is active
+    };
+
+    ggml_tensor * build_mla(const llama_layer & layer, llm_graph_input_attn_k * inp, ggml_tensor * cur, ggml_tensor * pos, int il);
+    ggml_tensor * build_gqa(const llama_layer & layer, llm_graph_input_attn_kv * inp, ggml_tensor * cur, ggml_tensor * pos, int il);
+    ggml_tensor * build_ffn_block(const llama_layer & layer, ggml_tensor * cur, int il);
+
+    routing       build_router(const llama_layer & layer, ggml_tensor * cur, int il);
+    ggml_tensor * build_experts_dense(const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores, int il);
+    ggml_tensor * build_activation(const llama_layer & layer, ggml_tensor * z, ggml_tensor * cur);
+    ggml_tensor * build_plain_ffn(ggml_tensor * up, ggml_tensor * gate, ggml_tensor * down, ggml_tensor * cur, int il);
+};

@@ -1,0 +1,143 @@
+#include "blockffn-stats.h"
+
+#include "ggml-backend.h"
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+void blockffn_stats_collector::begin(int64_t n_tokens) {
+    n_batch = n_tokens;
+    for (auto & layer : last) {
+        layer.row_of.assign(n_tokens, -1);
+        layer.rows.clear();
+    }
+}
+
+void blockffn_stats_collector::collect(const llm_graph_result & res, const llama_ubatch & ubatch) {
+    const auto & scores = res.t_expert_scores;
+    if (last.size() != scores.size()) {
+        last.resize(scores.size());
+        sums.resize(scores.size());
+        begin(n_batch);
+    }
+    for (size_t i = 0; i < scores.size(); ++i) {
+        const ggml_tensor * t    = scores[i];  // [n_expert, n_rows]
+        const float *       data = (const float *) t->data;
+        if (!ggml_backend_buffer_is_host(t->buffer)) {
+            staging.resize(ggml_nelements(t));
+            ggml_backend_tensor_get(t, staging.data(), 0, ggml_nbytes(t));
+            data = staging.data();
+        }
+        collect_layer(i, data, t->ne[0], t->ne[1], ubatch);
+    }
+}
+
+void blockffn_stats_collector::collect_layer(
+        size_t i_layer, const float * scores, int64_t n_expert, int64_t n_rows, const llama_ubatch & ubatch) {
+    if (n_rows == 0) {
+        return;
+    }
+    auto &        layer = last[i_layer];
+    const int64_t first = layer.rows.size() / n_expert;
+    layer.n_expert      = n_expert;
+    layer.rows.resize((first + n_rows) * n_expert);
+
+    uint8_t * rows    = layer.rows.data() + first * n_expert;
+    int64_t   n_pairs = 0;
+    seen.assign(n_expert, 0);
+    for (int64_t r = 0; r < n_rows; ++r) {
+        for (int64_t e = 0; e < n_expert; ++e) {
+            const uint8_t on       = scores[r * n_expert + e] != 0.0f;
+            rows[r * n_expert + e] = on;
+            seen[e] |= on;
+            n_pairs += on;
+        }
+    }
+
+    // the last layer computes only the rows that are output
+    const bool all = n_rows == (int64_t) ubatch.n_tokens;
+    int64_t    row = 0;
+    for (uint32_t i = 0; i < ubatch.n_tokens && row < n_rows; ++i) {
+        if (all || ubatch.output[i]) {
+            const int64_t i_token = ubatch.data->batch_idxs[i];
+            if (i_token < n_batch) {
+                layer.row_of[i_token] = first + row;
+            }
+            ++row;
+        }
+    }
+
+    auto & sum = sums[i_layer];
+    sum.n_evals += 1;
+    sum.n_rows += n_rows;
+    sum.n_pairs += n_pairs;
+    sum.n_union += std::count(seen.begin(), seen.end(), 1);
+}
+
+void blockffn_stats_collector::reset() {
+    std::fill(sums.begin(), sums.end(), blockffn_layer_stats{});
+}
+
+bool blockffn_stats_collector::active(int64_t i_layer, int64_t i_token, uint8_t * out) const {
+    if (i_layer < 0 || i_layer >= (int64_t) last.size() || i_token < 0 || i_token >= n_batch) {
+        return false;
+    }
+    const auto &  layer = last[i_layer];
+    const int64_t row   = layer.row_of[i_token];
+    if (row < 0) {
+        return false;
+    }
+    std::copy_n(layer.rows.begin() + row * layer.n_expert, layer.n_expert, out);
+    return true;
+}
+
+//
+// C API
+//
+
+static bool has_experts(const llama_model * model, uint32_t il) {
+    return model->arch == LLM_ARCH_BLOCKFFN && model->hparams.n_expert > 0 && model->hparams.n_ff(il) == 0;
+}
+
+int32_t blockffn_n_moe_layers(const llama_model * model) {
+    int32_t n = 0;
+    for (uint32_t il = 0; il < model->hparams.n_layer(); ++il) {
+        n += has_experts(model, il);
+    }
+    return n;
+}
+
+int32_t blockffn_n_experts(const llama_model * model) {
+    return blockffn_n_moe_layers(model) > 0 ? model->hparams.n_expert : 0;
+}
+
+bool blockffn_active_experts(llama_context * ctx, int32_t i_layer, int32_t i_token, uint8_t * out) {
+    ctx->synchronize();
+    return ctx->get_expert_stats().active(i_layer, i_token, out);
+}
+
+void blockffn_stats(llama_context * ctx, int64_t * n_evals, int64_t * n_rows, int64_t * n_pairs, int64_t * n_union) {
+    ctx->synchronize();
+    const auto & layers = ctx->get_expert_stats().layers();
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (n_evals) {
+            n_evals[i] = layers[i].n_evals;
+        }
+        if (n_rows) {
+            n_rows[i] = layers[i].n_rows;
+        }
+        if (n_pairs) {
+            n_pairs[i] = layers[i].n_pairs;
+        }
+        if (n_union) {
+            n_union[i] = layers[i].n_union;
+        }
+    }
+}
+
+void blockffn_stats_reset(llama_context * ctx) {
+    ctx->get_expert_stats().reset();
+}

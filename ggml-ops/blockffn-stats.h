@@ -1,0 +1,73 @@
+#pragma once
+
+// Which experts the last batch activated, and how large their union was: the C API, and the collector inside
+// llama_context. "Active" is what the router op said: a nonzero score.
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// layers with routed experts, and routed experts per layer; both 0 for a dense model
+LLAMA_API int32_t blockffn_n_moe_layers(const struct llama_model * model);
+LLAMA_API int32_t blockffn_n_experts(const struct llama_model * model);
+
+// Experts that token i_token of the last llama_decode (its index in the batch) activated in MoE layer i_layer
+// (counted over MoE layers): out[e] = 1 or 0, n_experts bytes. Returns false where that layer did not compute the
+// token: the last layer computes only tokens whose logits or embeddings were asked for.
+LLAMA_API bool blockffn_active_experts(struct llama_context * ctx, int32_t i_layer, int32_t i_token, uint8_t * out);
+
+// Sums over all evaluations (micro-batches) since blockffn_stats_reset, one entry per MoE layer; a NULL is skipped.
+//   n_evals: evaluations; n_rows: tokens in them; n_pairs: active (token, expert) pairs; n_union: experts needed by
+//   at least one token of the evaluation
+LLAMA_API void blockffn_stats(
+        struct llama_context * ctx, int64_t * n_evals, int64_t * n_rows, int64_t * n_pairs, int64_t * n_union);
+LLAMA_API void blockffn_stats_reset(struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+
+#include <cstdint>
+#include <vector>
+
+struct llama_ubatch;
+class llm_graph_result;
+
+struct blockffn_layer_stats {
+    int64_t n_evals = 0;
+    int64_t n_rows  = 0;
+    int64_t n_pairs = 0;
+    int64_t n_union = 0;
+};
+
+class blockffn_stats_collector {
+  public:
+    // forget the experts of the batch before
+    void begin(int64_t n_tokens);
+
+    // read the scores of one evaluated micro-batch
+    void collect(const llm_graph_result & res, const llama_ubatch & ubatch);
+
+    void reset();
+
+    bool active(int64_t i_layer, int64_t i_token, uint8_t * out) const;
+
+    const std::vector<blockffn_layer_stats> & layers() const { return sums; }
+
+  private:
+    struct layer_rows {
+        int64_t              n_expert = 0;
+        std::vector<int32_t> row_of;  // [n_tokens] row of a batch token, -1 where it was not computed
+        std::vector<uint8_t> rows;    // [n_rows, n_expert]
+    };
+
+    void collect_layer(size_t i_layer, const float * scores, int64_t n_expert, int64_t n_rows, const llama_ubatch & ubatch);
+
+    int64_t                           n_batch = 0;
+    std::vector<layer_rows>           last;
+    std::vector<blockffn_layer_stats> sums;
+    std::vector<float>                staging;
+    std::vector<uint8_t>              seen;
+};
+#endif
