@@ -1,0 +1,85 @@
+"""What a drafter proposes: a chain or a tree of tokens that may follow the verified text.
+
+    >>> from blockffn.speculative.draft import Draft
+    >>> chain = Draft.chain([7, 8, 9])
+    >>> len(chain), chain.is_chain, chain.depth().tolist()
+    (3, True, [1, 2, 3])
+    >>> tree = Draft.tree([7, 4, 8], [-1, -1, 0])      # 7 and 4 may follow the text, 8 may follow 7
+    >>> tree.is_chain, tree.depth().tolist()
+    (False, [1, 1, 2])
+
+Parent -1 is the root: the last verified token, which is always evaluated together with the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+ROOT = -1
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens; a parent stands before its children, so that every prefix of the arrays is a draft too."""
+
+    tokens: Tokens  # int32 [n]
+    parents: npt.NDArray[np.int32]  # int32 [n], index of the parent node or ROOT
+    is_chain: bool
+    source: str = field(default="", compare=False)  # name of the drafter, for the statistics
+
+    @staticmethod
+    def chain(tokens: Sequence[int] | Tokens, source: str = "") -> Draft:
+        """Return a draft in which every token follows the one before it."""
+        array = np.asarray(tokens, dtype=np.int32)
+        return Draft(array, np.arange(-1, len(array) - 1, dtype=np.int32), True, source)
+
+    @staticmethod
+    def tree(tokens: Sequence[int] | Tokens, parents: Sequence[int] | npt.NDArray[np.int32], source: str = "") -> Draft:
+        """Return a tree. Raises ValueError when a node stands before its parent or repeats a sibling's token."""
+        array, above = np.asarray(tokens, dtype=np.int32), np.asarray(parents, dtype=np.int32)
+        if array.shape != above.shape or array.ndim != 1:
+            raise ValueError(f"draft tree: expected equal vectors, found {array.shape} tokens, {above.shape} parents")
+        index = np.arange(len(array))
+        if len(array) and (np.any(above >= index) or above.min() < ROOT):
+            raise ValueError(f"draft tree: a parent must stand before its children, found parents {above.tolist()}")
+        if len(set(zip(above.tolist(), array.tolist(), strict=True))) < len(array):
+            raise ValueError("draft tree: two children of one node carry the same token")
+        return Draft(array, above, bool(np.array_equal(above, index - 1)), source)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def first(self, n: int) -> Draft:
+        """Return the draft of the first `n` nodes."""
+        if n >= len(self.tokens):
+            return self
+        return Draft(self.tokens[:n], self.parents[:n], self.is_chain, self.source)
+
+    def depth(self) -> npt.NDArray[np.int32]:
+        """Return the distance of each node from the root, int32 [n], from 1."""
+        if self.is_chain:
+            return np.arange(1, len(self.tokens) + 1, dtype=np.int32)
+        depth = np.zeros(len(self.tokens) + 1, dtype=np.int32)  # the last entry is the root, reached as index -1
+        for node, parent in enumerate(self.parents.tolist()):
+            depth[node] = depth[parent] + 1
+        return depth[:-1]
+
+    def leaf_sets(self) -> npt.NDArray[np.bool_]:
+        """Return bool [n, leaves]: which leaves lie at or below each node. One leaf is one sequence of the cache."""
+        n = len(self.tokens)
+        is_leaf = np.ones(n + 1, dtype=bool)
+        is_leaf[self.parents] = False
+        leaves = np.flatnonzero(is_leaf[:n])
+        below = np.zeros((n + 1, len(leaves)), dtype=bool)  # the last row collects the root's
+        below[leaves, np.arange(len(leaves))] = True
+        for node, parent in zip(range(n - 1, -1, -1), self.parents[::-1].tolist(), strict=True):
+            below[parent] |= below[node]
+        return below[:n]
+
+
+EMPTY = Draft.chain([])

@@ -1,0 +1,66 @@
+"""The interface of a drafter: whatever guesses the next tokens.
+
+A drafter sees only verified text. The loop calls, for each generation::
+
+    drafter.begin(prompt)                  # the text of a new generation, which may continue the last one
+    draft = drafter.propose(context, 4)    # at most 4 nodes after the last token of context.tokens
+    drafter.observe(len(draft), accepted)  # how many of them were right
+
+    >>> import numpy as np
+    >>> from blockffn.speculative.drafter import Context, Drafter
+    >>> len(Drafter().propose(Context(np.array([1, 2, 3], dtype=np.int32)), 4))
+    0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blockffn.speculative.draft import EMPTY, Draft, Tokens
+
+
+@dataclass
+class Context:
+    """What a drafter may look at."""
+
+    tokens: Tokens  # int32 [n], the verified text; the last token is not evaluated by the target yet
+    tree: bool = False  # may the draft be a tree?
+
+
+class Drafter:
+    """Base of all drafters: proposes nothing. Subclasses override what they need."""
+
+    name = "none"
+    can_tree = False  # may `propose` return a tree when the context allows it?
+    max_nodes = 16  # the largest draft that is worth asking for
+    wants_hidden = False  # does `hidden` have to be called?
+
+    def attach(self, n_vocab: int, vocab: Callable[[], list[bytes]]) -> None:
+        """Meet the target once: the size of its vocabulary, and its token texts on request."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def begin(self, tokens: Tokens) -> None:
+        """Start a generation whose verified text so far is `tokens`, int32 [n]."""
+
+    def propose(self, context: Context, n: int) -> Draft:
+        """Return a draft of at most `n` nodes that may follow `context.tokens`."""
+        return EMPTY
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """Learn that `accepted` tokens of a draft of `proposed` nodes were right."""
+
+    def hidden(self, first: int, states: npt.NDArray[np.float32]) -> None:
+        """Receive the target's states after its final norm, float32 [n, n_embd], of verified positions first, ..."""
+
+    def known_states(self) -> int:
+        """Return for how many first tokens of the text of `begin` the states need not be passed again."""
+        return 0
+
+    def close(self) -> None:
+        """Free what the drafter holds."""

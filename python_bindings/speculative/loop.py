@@ -1,0 +1,249 @@
+"""The draft and verify loop: one generator of tokens for plain, chain and tree decoding.
+
+Every step evaluates the last verified token together with a draft, then walks down the draft: the next token is
+sampled from the target's logits at the current node; while the draft holds that token, the walk goes on. So each
+token comes from the target's own distribution, and whatever has a memory (penalties, grammar, logits processors,
+the random generator) sees verified tokens only, one after another, exactly as in plain decoding.
+
+`generate.py` puts this loop under llama_cpp.Llama; tests/test_speculative_loop.py drives it directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from blockffn.speculative.cost import Plan, Policy
+from blockffn.speculative.draft import EMPTY, ROOT, Draft, Tokens
+from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.rows import Rows
+from blockffn.speculative.stats import Statistics
+from blockffn.speculative.target import Floats, Target
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: `sample(row of the batch, logits [n_vocab])`, which tokens end the text, when to stop."""
+
+    sample: Callable[[int, Floats], int]
+    is_end: Callable[[int], bool] = lambda token: False
+    stop: Callable[[Tokens, Floats], bool] | None = None
+
+
+class Text:
+    """The verified text of one generation, in memory of its own: drafters keep views of it."""
+
+    def __init__(self, prompt: Sequence[int], limit: int) -> None:
+        self._memory = np.empty(limit + 1, dtype=np.int32)
+        self.n = 0
+        self.append(prompt)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add verified tokens; RuntimeError when the context cannot hold them."""
+        if self.n + len(tokens) > len(self._memory):
+            raise RuntimeError(f"the context is full: {self.n + len(tokens)} tokens in {len(self._memory) - 1}")
+        self._memory[self.n : self.n + len(tokens)] = tokens
+        self.n += len(tokens)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The text, int32 [n]; never changes where it was once verified."""
+        return self._memory[: self.n]
+
+    @property
+    def room(self) -> int:
+        """How many more tokens can be evaluated after the last one."""
+        return len(self._memory) - 1 - self.n
+
+
+class Loop:
+    """Generates with one target and one drafter.
+
+    `state` is the llama_cpp.Llama whose n_tokens and input_ids always describe the verified part of the cache.
+    `union` returns the number of experts read so far, a mean over the layers.
+    """
+
+    def __init__(
+        self,
+        state: Any,
+        target: Target,
+        drafter: Drafter,
+        policy: Policy,
+        union: Callable[[], float] | None = None,
+    ) -> None:
+        self.state, self.target, self.drafter, self.policy, self.union = state, target, drafter, policy, union
+        self.statistics = Statistics()
+        self.keep_rows: str | None = None  # None, "new" (rows of generated tokens) or "all" (of the prompt too)
+        self._rows: list[Floats] = []
+        self._rows_first = 0
+        self._logits: Floats = np.empty((0, 0), dtype=np.float32)  # outputs of the last evaluation, [rows, n_vocab]
+        self._batch_row = 0  # the row of the batch that the first of them belongs to
+        self._plan: Plan | None = None  # of the step being verified; None for the prompt
+        self._union_total = 0.0
+
+    def rows(self) -> Rows:
+        """Return the rows kept in the last generation, indexed by their position in the text."""
+        array = np.array(self._rows) if self._rows else np.empty((0, self.target.n_vocab), dtype=np.float32)
+        return Rows.of(array, self._rows_first)
+
+    def run(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, Sequence[int] | None, None]:
+        """Yield the tokens that follow `prompt`, without end; closing the generator leaves a valid cache."""
+        text = Text(prompt, min(len(self.state.input_ids), self.state.n_ctx()))
+        self._begin(text.tokens)
+        draft = EMPTY
+        while True:
+            sent = yield from self._walk(text, draft, sampling)
+            if sent is None:
+                return
+            if sent:
+                text.append(sent)
+                self.evaluate(text.tokens[self.state.n_tokens :])
+                draft = EMPTY
+            else:
+                draft = self._step(text)
+
+    def evaluate(self, tokens: Tokens) -> None:
+        """Append `tokens` int32 [n], n > 0, to the verified text in batches; the last one's logits are kept."""
+        state, target, everything = self.state, self.target, self.keep_rows == "all"
+        target.truncate(state.n_tokens)
+        self._plan = None
+        for start in range(0, len(tokens), target.batch.capacity):
+            part = tokens[start : start + target.batch.capacity]
+            last = slice(-1, None) if start + len(part) == len(tokens) else slice(0, 0)
+            target.evaluate_text(part, state.n_tokens, slice(None) if everything else last)
+            if everything:
+                self._rows += list(target.logits(len(part)).copy())
+            if self.drafter.wants_hidden:
+                self.drafter.hidden(state.n_tokens, target.hidden())
+            state.input_ids[state.n_tokens : state.n_tokens + len(part)] = part
+            state.n_tokens += len(part)
+        self._logits = target.logits(len(part) if everything else 1)[-1:]
+        self._batch_row = len(part) - 1
+
+    def _begin(self, prompt: Tokens) -> None:
+        """Reuse the part of the cache that `prompt` begins with, evaluate the rest."""
+        started = perf_counter()
+        state = self.state
+        self.statistics = Statistics()
+        known = state.input_ids[: min(state.n_tokens, len(prompt) - 1)]
+        differs = np.flatnonzero(known != prompt[: len(known)])
+        reuse = int(differs[0]) if len(differs) else len(known)
+        self.drafter.begin(prompt)
+        if self.drafter.wants_hidden:
+            reuse = min(reuse, self.drafter.known_states())
+        if self.keep_rows == "all":
+            reuse = 0
+        self._rows, self._rows_first = [], 0 if self.keep_rows == "all" else len(prompt) - 1
+        state.n_tokens = reuse
+        self.evaluate(prompt[reuse:])
+        if self.keep_rows == "all":
+            self._rows.pop()  # `_walk` keeps the row of the last token itself
+        self._union_total = self.union() if self.union else 0.0
+        self.statistics.prompt_n, self.statistics.reused_n = len(prompt) - reuse, reuse
+        self.statistics.prompt_seconds = perf_counter() - started
+
+    def _step(self, text: Text) -> Draft:
+        """Draft and evaluate: the last token of `text` is the root. Returns the draft that was evaluated."""
+        t0 = perf_counter()
+        plan = self.policy.plan()
+        wanted = min(plan.nodes, text.room, self.target.batch.capacity - 1)
+        t1 = perf_counter()
+        draft = EMPTY
+        if wanted > 0:
+            draft = self.drafter.propose(Context(text.tokens, plan.tree), wanted).first(wanted)
+        t2 = perf_counter()
+        first, root = text.n - 1, int(text.tokens[-1])
+        self.target.evaluate_draft(root, draft, first)
+        self._logits = self.target.logits(1 + len(draft))  # waits for the end of the evaluation
+        t3 = perf_counter()
+        self._batch_row, self._plan = 0, plan
+        self.state.input_ids[first] = root
+        self.state.n_tokens = first + 1
+        self._learn_times(plan, len(draft), t2 - t1, t3 - t2)
+        self.statistics.loop_seconds += (t1 - t0) + (perf_counter() - t3)
+        return draft
+
+    def _learn_times(self, plan: Plan, nodes: int, drafting: float, verifying: float) -> None:
+        union = None
+        if self.union is not None:
+            total = self.union()
+            union, self._union_total = total - self._union_total, total
+        self.statistics.draft_seconds += drafting
+        self.statistics.add_evaluation(1 + nodes, verifying, union)
+        self.policy.times.add(1 + nodes, verifying)
+        if nodes:
+            self.policy.draft_times[plan.tree].add(nodes, drafting)
+
+    def _walk(
+        self, text: Text, draft: Draft, sampling: Sampling
+    ) -> Generator[int, Sequence[int] | None, Sequence[int] | None]:
+        """Yield the tokens of one evaluation; return what the caller sent, None to end the generation.
+
+        Closing the generator in the middle keeps what was verified so far.
+        """
+        state, statistics, logits, batch_row = self.state, self.statistics, self._logits, self._batch_row
+        started = perf_counter()
+        tokens = draft.tokens.tolist()
+        children = None if draft.is_chain else _children(draft, tokens)
+        path: list[int] = []
+        node, complete = ROOT, False
+        try:
+            while True:
+                sample_started = perf_counter()
+                row = logits[node + 1]
+                if self.keep_rows is not None:
+                    self._rows.append(row.copy())
+                token = sampling.sample(batch_row + 1 + node, row)
+                sampled = perf_counter()
+                statistics.sample_seconds += sampled - sample_started
+                if sampling.stop is not None and sampling.stop(state.input_ids[: state.n_tokens], row):
+                    return None
+                text.append((token,))
+                child = _child(children, tokens, node, token)
+                complete = child is None
+                statistics.loop_seconds += perf_counter() - sampled + sample_started - started
+                statistics.predicted_n += 1
+                sent = yield token
+                started = perf_counter()
+                if sent or child is None or sampling.is_end(token):
+                    return sent or ()
+                path.append(child)
+                node = child
+                state.input_ids[state.n_tokens] = token
+                state.n_tokens += 1
+        finally:
+            self._finish(draft, path, complete)
+            statistics.loop_seconds += perf_counter() - started
+
+    def _finish(self, draft: Draft, path: list[int], complete: bool) -> None:
+        """Keep the accepted path, forget the rest of the draft, learn from it."""
+        if self._plan is None:
+            return
+        nodes, accepted = len(draft), len(path)
+        if self.drafter.wants_hidden:
+            states = self.target.hidden()
+            self.drafter.hidden(self.state.n_tokens - 1 - accepted, states[[0, *(1 + node for node in path)]])
+        self.target.keep(path, nodes)
+        depth = nodes if draft.is_chain else int(draft.depth().max())
+        self.statistics.add_step(nodes, accepted, draft.is_chain, depth, draft.source)
+        if complete:
+            self.policy.observe(self._plan, nodes, depth, accepted)
+            self.statistics.switched_off = self.policy.switched_off
+            self.drafter.observe(nodes, accepted)
+
+
+def _children(draft: Draft, tokens: list[int]) -> dict[tuple[int, int], int]:
+    """Return (parent, token) -> node."""
+    return {edge: node for node, edge in enumerate(zip(draft.parents.tolist(), tokens, strict=True))}
+
+
+def _child(children: dict[tuple[int, int], int] | None, tokens: list[int], node: int, token: int) -> int | None:
+    """Return the child of `node` that holds `token`."""
+    if children is not None:
+        return children.get((node, token))
+    following = node + 1
+    return following if following < len(tokens) and tokens[following] == token else None

@@ -1,0 +1,125 @@
+"""The target's side of the loop: evaluate a batch, read rows of it, keep the accepted path in the cache.
+
+Position p of the text lies in the cache for every sequence alike between two steps; only while a tree is being
+verified do the sequences differ. `Target` is the only place that knows this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from blockffn import library
+from blockffn.errors import BlockffnError
+from blockffn.speculative.batch import Batch
+from blockffn.speculative.draft import Draft, Tokens
+
+Floats = npt.NDArray[np.float32]
+
+
+def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
+    """Return a view of `rows` x `columns` floats at a C pointer; valid until the next evaluation."""
+    address = ctypes.cast(pointer, ctypes.c_void_p).value
+    if not address:
+        raise BlockffnError("llama.cpp returned no rows for the last evaluation")
+    flat = (ctypes.c_float * (rows * columns)).from_address(address)
+    return np.frombuffer(flat, dtype=np.float32).reshape(rows, columns)
+
+
+class Target:
+    """One llama_context and its cache of `n_seq` sequences that hold the same text.
+
+    `hidden` asks for the states after the final norm, of every evaluated token.
+    """
+
+    def __init__(
+        self, ctx: int, n_vocab: int, n_embd: int, capacity: int, n_seq: int = 1, hidden: bool = False
+    ) -> None:
+        self._api = library.load()
+        self.ctx, self.n_vocab, self.n_embd, self.n_seq = ctx, n_vocab, n_embd, n_seq
+        self._memory = self._api.llama_get_memory(ctx)
+        self.batch = Batch(capacity, n_seq)
+        self._leaves: npt.NDArray[np.int32] | None = None
+        self._first = 0
+        self._pack = _pack_function(self._api._lib)
+        self._nextn = _nextn_functions(ctx) if hidden else None
+        self.evaluated = 0  # tokens of the last evaluation
+
+    def truncate(self, n: int) -> None:
+        """Forget every position from `n` on, in all sequences."""
+        if not self._api.llama_memory_seq_rm(self._memory, -1, n, -1):
+            raise BlockffnError(f"the cache of this model cannot forget positions from {n} on: speculation needs that")
+
+    def length(self) -> int:
+        """Return the number of positions in the cache."""
+        return int(self._api.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def evaluate_text(self, tokens: Tokens, first: int, rows: slice) -> None:
+        """Evaluate `tokens` int32 [n] (n <= capacity) from position `first`; logits for the rows of the slice."""
+        self.batch.set_chain(tokens, first, rows)
+        self._leaves = None
+        self._decode(first)
+
+    def evaluate_draft(self, root: int, draft: Draft, first: int) -> None:
+        """Evaluate the root token at position `first` and the draft after it; logits for every row."""
+        self._leaves = self.batch.set_draft(root, draft, first)
+        self._decode(first)
+
+    def _decode(self, first: int) -> None:
+        self._first = first
+        self.evaluated = int(self.batch.native.n_tokens)
+        code = self._api.llama_decode(self.ctx, self.batch.native)
+        if code == 0:
+            return
+        self.truncate(first)
+        n, last = self.evaluated, first + self.evaluated - 1
+        reason = {1: "the context is full", 2: "aborted"}.get(code, f"llama_decode returned {code}")
+        raise RuntimeError(f"evaluating {n} tokens at positions {first} to {last}: {reason}")
+
+    def logits(self, rows: int) -> Floats:
+        """Return the logits of the last evaluation, float32 [rows, n_vocab]; waits for the evaluation to end."""
+        return rows_at(self._api.llama_get_logits(self.ctx), rows, self.n_vocab)
+
+    def hidden(self) -> Floats:
+        """Return the states after the final norm of the last evaluation's tokens, float32 [evaluated, n_embd]."""
+        assert self._nextn is not None
+        return rows_at(self._nextn(self.ctx), self.evaluated, self.n_embd)
+
+    def keep(self, path: list[int], nodes: int) -> None:
+        """Of the draft just evaluated keep the root and the nodes of `path`, forget the rest."""
+        kept = self._first + 1 + len(path)
+        if self._leaves is None or not path:
+            if len(path) < nodes:
+                self.truncate(kept)
+            return
+        leaf = int(self._leaves[path[-1]])
+        self.truncate(kept)
+        if self._pack is not None and self._pack(self._memory, leaf, self._first + 1):
+            return
+        for seq in range(self.n_seq):
+            if seq != leaf:
+                self._api.llama_memory_seq_rm(self._memory, seq, self._first + 1, -1)
+        for seq in range(self.n_seq):
+            if seq != leaf:
+                self._api.llama_memory_seq_cp(self._memory, leaf, seq, self._first + 1, kept)
+
+
+def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | None:
+    """Return llama_memory_seq_pack of the patched library (see patches/): keep one path, in order, in one call."""
+    native = getattr(library_handle, "llama_memory_seq_pack", None)
+    if native is None:
+        return None
+    native.argtypes, native.restype = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_bool
+    return native  # type: ignore[no-any-return]
+
+
+def _nextn_functions(ctx: int) -> Callable[[int], Any]:
+    """Switch on the output of hidden states for every token; return the function that points to them."""
+    from llama_cpp import llama_cpp_ext
+
+    llama_cpp_ext.llama_set_embeddings_nextn(ctx, True, False)
+    return llama_cpp_ext.llama_get_embeddings_nextn  # type: ignore[no-any-return]
