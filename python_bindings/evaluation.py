@@ -72,7 +72,7 @@ class Evaluator:
         n_layers, n_experts = self._llm.n_moe_layers, self._llm.n_experts
         if n_layers == 0:
             raise BlockffnError(f"{self._llm.model_path}: no layer of this model has ReLU-routed experts")
-        get = _capi.function("blockffn_get_active_experts")
+        get = _capi.function("blockffn_active_experts")
         result = np.zeros((n_layers, len(tokens), n_experts), np.uint8)
         row = (ctypes.c_uint8 * n_experts)()
         # Every token asks for logits: the last FFN runs only on the rows that do.

@@ -37,32 +37,42 @@ FFN_KINDS = ("union", "dense")
 
 @dataclass(frozen=True)
 class UnionStats:
-    """What the routed experts of each layer cost since the last reset, arrays of length n_moe_layers.
+    """What the routed experts of each MoE layer cost since the last reset, arrays of length n_moe_layers.
 
-    active_pairs: (token, expert) pairs computed; union_size: experts loaded, counted once per evaluation;
-    n_tokens: tokens that passed the layer.
+    evaluations: batches that passed the layer; n_tokens: tokens in them; active_pairs: (token, expert) pairs computed;
+    union_size: experts needed by at least one token of a batch, summed over the batches.
     """
 
+    evaluations: npt.NDArray[np.int64]
+    n_tokens: npt.NDArray[np.int64]
     active_pairs: npt.NDArray[np.int64]
     union_size: npt.NDArray[np.int64]
-    n_tokens: npt.NDArray[np.int64]
     n_experts: int
 
     def __sub__(self, earlier: UnionStats) -> UnionStats:
         """Return what happened between two readings."""
         return UnionStats(
+            self.evaluations - earlier.evaluations,
+            self.n_tokens - earlier.n_tokens,
             self.active_pairs - earlier.active_pairs,
             self.union_size - earlier.union_size,
-            self.n_tokens - earlier.n_tokens,
             self.n_experts,
         )
 
     @property
     def token_sparsity(self) -> float:
         """TLS: 1 - mean share of experts active for one token, mean over layers; nan before any token."""
-        if not len(self.n_tokens) or not self.n_tokens.all():
+        return 1.0 - self._share(self.active_pairs, self.n_tokens)
+
+    @property
+    def union_share(self) -> float:
+        """Mean share of the experts that one evaluation loads, mean over layers; nan before any evaluation."""
+        return self._share(self.union_size, self.evaluations)
+
+    def _share(self, part: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> float:
+        if not len(times) or not times.all():
             return float("nan")
-        return float(1.0 - (self.active_pairs / (self.n_tokens * self.n_experts)).mean())
+        return float((part / (times * self.n_experts)).mean())
 
 
 class Llama(llama_cpp.Llama):
@@ -154,11 +164,11 @@ class Llama(llama_cpp.Llama):
 
     def union_stats(self, reset: bool = False) -> UnionStats:
         """Return the expert counters of the conversation since the last reset (see UnionStats)."""
-        arrays = [np.zeros(self.n_moe_layers, np.int64) for _ in range(3)]
+        arrays = [np.zeros(self.n_moe_layers, np.int64) for _ in range(4)]
         pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
-        _capi.function("blockffn_get_union_stats")(self.ctx, *pointers)
+        _capi.function("blockffn_stats")(self.ctx, *pointers)
         if reset:
-            _capi.function("blockffn_reset_union_stats")(self.ctx)
+            _capi.function("blockffn_stats_reset")(self.ctx)
         return UnionStats(*arrays, n_experts=self.n_experts)
 
     def apply_adapters(self, ctx: Any) -> None:

@@ -122,13 +122,13 @@ class Meter:
             "prompt_tokens_per_second": _rate(self.n_prompt, first - start),
             "decode_tokens_per_second": _rate(self.n_tokens - 1, last - first),
             "token_sparsity": None,
+            "union_share": None,
         }
         if self.prompt_stats is not None and self.n_tokens > 1:
             stats = self.llm.union_stats() - self.prompt_stats
-            result["token_sparsity"] = None if math.isnan(stats.token_sparsity) else stats.token_sparsity
             result["experts"] = stats.n_experts
-            result["experts_active_per_token"] = _rate(float(stats.active_pairs.sum()), float(stats.n_tokens.sum()))
-            result["experts_loaded_per_token"] = _rate(float(stats.union_size.sum()), float(stats.n_tokens.sum()))
+            result["token_sparsity"] = _finite(stats.token_sparsity)
+            result["union_share"] = _finite(stats.union_share)
         if self.llm.drafter is not None:
             result["speculation"] = self.llm.speculation()
         return result
@@ -136,3 +136,7 @@ class Meter:
 
 def _rate(amount: float, per: float) -> float | None:
     return amount / per if per > 0 and amount > 0 else None
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value

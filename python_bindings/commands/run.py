@@ -109,11 +109,10 @@ def print_report(report: dict[str, Any]) -> None:
     line("prompt", f"{report['prompt_tokens']} tokens, {_number(report['prompt_tokens_per_second'])} tokens/s")
     line("decoding", f"{report['generated_tokens']} tokens, {_number(report['decode_tokens_per_second'])} tokens/s")
     if report["token_sparsity"] is not None:
-        active, loaded = report["experts_active_per_token"], report["experts_loaded_per_token"]
         line(
             "experts",
-            f"sparsity (TLS) {100 * report['token_sparsity']:.1f} %: {_number(active)} of {report['experts']} active, "
-            f"{_number(loaded)} loaded per token and layer",
+            f"sparsity (TLS) {100 * report['token_sparsity']:.1f} % of {report['experts']}; "
+            f"{100 * report['union_share']:.1f} % loaded per evaluation",
         )
     speculation = report.get("speculation")
     if speculation is not None:

@@ -1,0 +1,66 @@
+"""`blockffn inspect`: print what a GGUF model is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from blockffn.inspection import SAMPLE_TEXT, describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn inspect`."""
+    parser.add_argument("model", metavar="M.gguf", help="model file; of a split model, the first part")
+    parser.add_argument(
+        "--measure",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="load the model and measure sparsity and active parameters on a text (default: a built-in one)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    text = None
+    if args.measure is not None:
+        text = Path(args.measure).read_text(encoding="utf-8", errors="replace") if args.measure else SAMPLE_TEXT
+    report = describe(args.model, text)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+    return 0
+
+
+def _print(report: dict[str, Any]) -> None:
+    parts = f" in {report['files']} files" if report["files"] > 1 else ""
+    print(f"{report['file']}: {report['architecture']}, {report['name'] or 'no name'}")
+    print(f"{_bytes(report['file_bytes'])}{parts}, {report['bits_per_weight']:.2f} bits per weight")
+    _section("hyper-parameters", report["hyper_parameters"])
+    _section("router", report["router"] or {"none": "no routed experts"})
+    _section("tokenizer", report["tokenizer"])
+    _section("source", {k: v for k, v in report["general"].items() if k not in ("architecture", "name")})
+    print("\ntensor types")
+    for kind, row in report["tensor_types"].items():
+        print(f"  {kind:<8} {row['tensors']:>5} tensors {row['elements']:>15,} weights {_bytes(row['bytes']):>12}")
+    _section("parameters", {name: f"{value:,}" for name, value in report["parameters"].items()})
+    if "measured" in report:
+        measured = report["measured"]
+        print(f"\nmeasured on {measured['tokens']} tokens")
+        print(f"  sparsity (TLS)                 {100 * measured['token_sparsity']:.1f} %")
+        print(f"  active parameters per token    {measured['active_parameters']:,}")
+
+
+def _section(title: str, values: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for name, value in values.items():
+        text = str(value)
+        print(f"  {name:<30} {text if len(text) <= 80 else text[:77] + '...'}")
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"

@@ -1,0 +1,100 @@
+"""`blockffn quantize`: make a smaller file, and say before writing how small it will really be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from blockffn.inspection import bits_per_weight
+from blockffn.quantize import TYPES, Plan, canonical_type, plan, quantize
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn quantize`."""
+    parser.add_argument("source", metavar="IN.gguf", help="F32, F16 or BF16 model")
+    parser.add_argument("target", metavar="OUT.gguf", help="appears whole or not at all")
+    parser.add_argument("type", metavar="TYPE", help=", ".join(TYPES))
+    parser.add_argument("--imatrix", metavar="F", help="importance matrix of llama-imatrix")
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    kind = canonical_type(args.type)
+    announce = (lambda steps: None) if args.json else announce_plan
+    if args.dry_run:
+        steps = plan(args.source, kind, args.imatrix)
+        announce(steps)
+        size = None
+    else:
+        with _Progress(quiet=args.json) as progress:
+            steps = quantize(args.source, args.target, kind, args.imatrix, announce, progress.step)
+        size = Path(args.target).stat().st_size
+        if not args.json:
+            print(f"{args.target}: {size / 1e6:.2f} MB, {steps.bits_per_weight:.2f} bits per weight")
+    if args.json:
+        print(json.dumps({**_report(steps), "target": None if size is None else args.target, "file_bytes": size}))
+    return 0
+
+
+def announce_plan(steps: Plan) -> None:
+    """Print nominal and actual bits per weight and the tensors that fall back."""
+    source = bits_per_weight([tensor.source for tensor in steps.tensors])
+    print(f"{steps.type}: nominal {steps.nominal_bits:.2f} bits per weight", end="")
+    print(f", actual {steps.bits_per_weight:.2f} (source {source:.2f})")
+    if not steps.fallbacks:
+        print("every tensor gets the type it should")
+        return
+    n, total = len(steps.fallbacks), len(steps.tensors)
+    print(f"{n} of {total} tensors fall back (without: {steps.bits_without_fallbacks:.2f} bits per weight):")
+    for tensor in steps.fallbacks:
+        row = tensor.source.shape[0]
+        print(f"  {tensor.source.name:<32} rows of {row:>5} do not fit {tensor.wanted}: {tensor.type}")
+    sys.stdout.flush()
+
+
+def _report(steps: Plan) -> dict[str, Any]:
+    return {
+        "type": steps.type,
+        "nominal_bits_per_weight": steps.nominal_bits,
+        "bits_per_weight": steps.bits_per_weight,
+        "bits_per_weight_without_fallbacks": steps.bits_without_fallbacks,
+        "fallbacks": [
+            {"tensor": t.source.name, "row": t.source.shape[0], "wanted": t.wanted, "type": t.type}
+            for t in steps.fallbacks
+        ],
+    }
+
+
+class _Progress:
+    """A bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.last = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self, i: int, n: int, name: str) -> None:
+        """Show that tensor `i` of `n` is being written."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self.bar = self.bar or tqdm(total=n, unit="tensor", leave=False)
+            self.bar.update(i - self.bar.n)
+        elif time.monotonic() - self.last > 5:
+            self.last = time.monotonic()
+            print(f"{i}/{n} {name}", file=sys.stderr)
