@@ -35,7 +35,12 @@ class Batch:
 
     def _native(self) -> Any:
         batch = library.load().llama_batch()
-        fields = {"token": self.token, "pos": self.pos, "n_seq_id": self.n_seq_id, "seq_id": self._rows}
+        fields: dict[str, npt.NDArray[Any]] = {
+            "token": self.token,
+            "pos": self.pos,
+            "n_seq_id": self.n_seq_id,
+            "seq_id": self._rows,
+        }
         fields["logits"] = self.logits
         if self.embd is not None:
             fields["embd"] = self.embd

@@ -67,7 +67,7 @@ class Speculative:
     def eval(self: Any, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the current text, as llama_cpp.Llama.eval does."""
         if self._loop is None or (self._logits_all and self._loop.keep_rows is None):
-            super().eval(tokens)
+            super().eval(tokens)  # type: ignore[misc]
         else:
             self._loop.evaluate(np.asarray(tokens, dtype=np.int32))
         self._requires_eval = False
@@ -127,7 +127,7 @@ class Speculative:
         if keep and not logits_all:
             self._loop.keep_rows, self._logits_all = "all" if kwargs.get("echo") else "new", True
         try:
-            for result in super()._create_completion(*args, **kwargs):
+            for result in super()._create_completion(*args, **kwargs):  # type: ignore[misc]
                 done = result["choices"][0]["finish_reason"] is not None
                 yield {**result, "speculation": self.speculation()} if done else result
         finally:
@@ -170,7 +170,7 @@ def _vocabulary(llm: Any) -> list[bytes]:
 
 
 def _union_counter(llm: Any) -> Callable[[], float] | None:
-    """Return a function that reads how many experts were loaded so far, a mean over the layers; None if there are none."""
+    """Return a function that reads how many experts were loaded so far, a mean over the layers; None without experts."""
     layers = getattr(llm, "n_moe_layers", 0)
     if not layers:
         return None

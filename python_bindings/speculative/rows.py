@@ -34,12 +34,14 @@ class Rows(np.ndarray[Any, np.dtype[np.float32]]):
         """Index by place in the text; slices and rows come back as plain arrays."""
         plain = self.view(np.ndarray)
         head, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        place: Any = head
         if isinstance(head, slice):
             start = None if head.start is None else max(0, head.start - self.first)
             stop = None if head.stop is None else max(0, head.stop - self.first)
-            return plain[(slice(start, stop, head.step), *rest)]
-        if isinstance(head, (int, np.integer)) and head >= 0:
+            place = slice(start, stop, head.step)
+        elif isinstance(head, (int, np.integer)) and head >= 0:
             if not self.first <= head < self.first + len(plain):
                 raise IndexError(f"row {head} was not kept: rows {self.first} to {self.first + len(plain) - 1} were")
-            return plain[(head - self.first, *rest)]
-        return plain[key]
+            place = head - self.first
+        index = (place, *rest)
+        return plain[index]

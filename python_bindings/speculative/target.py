@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
     if not address:
         raise BlockffnError("llama.cpp returned no rows for the last evaluation")
     flat = (ctypes.c_float * (rows * columns)).from_address(address)
-    return np.frombuffer(flat, dtype=np.float32).reshape(rows, columns)
+    return np.ctypeslib.as_array(flat).reshape(rows, columns)
 
 
 class Target:
@@ -114,7 +114,7 @@ def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | Non
     if native is None:
         return None
     native.argtypes, native.restype = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_bool
-    return native  # type: ignore[no-any-return]
+    return cast(Callable[[int, int, int], bool], native)
 
 
 def _nextn_functions(ctx: int) -> Callable[[int], Any]:
@@ -122,4 +122,4 @@ def _nextn_functions(ctx: int) -> Callable[[int], Any]:
     from llama_cpp import llama_cpp_ext
 
     llama_cpp_ext.llama_set_embeddings_nextn(ctx, True, False)
-    return llama_cpp_ext.llama_get_embeddings_nextn  # type: ignore[no-any-return]
+    return cast(Callable[[int], Any], llama_cpp_ext.llama_get_embeddings_nextn)
