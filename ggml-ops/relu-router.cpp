@@ -1,0 +1,92 @@
+// ReLU router, one token at a time: active set, norm, weight. Plain loops over at most a few hundred experts, so the
+// same code serves as the reference.
+#include "relu-router.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+
+#include <cfloat>
+#include <cmath>
+
+namespace {
+
+struct router_params {
+    ggml_router_norm norm;
+    ggml_router_bias bias_method;
+    float            eps;
+    float            norm_scale;
+    float            scale;
+};
+
+router_params router_params_get(const ggml_tensor * dst) {
+    return {
+        (ggml_router_norm) ggml_get_op_params_i32(dst, 0), (ggml_router_bias) ggml_get_op_params_i32(dst, 1),
+        ggml_get_op_params_f32(dst, 2),                    ggml_get_op_params_f32(dst, 3),
+        ggml_get_op_params_f32(dst, 4),
+    };
+}
+
+double mean_of_squares(const float * x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        sum += (double) x[i] * x[i];
+    }
+    return sum / (double) n;
+}
+
+// a[e] = relu(logit[e]) for the active experts, 0 elsewhere; a NaN logit is not active
+void router_activate(const router_params & p, int64_t n_expert, const float * logits, const float * bias, float * a) {
+    const float bias_scale =
+        p.bias_method == GGML_ROUTER_BIAS_RMS ? (float) std::sqrt(mean_of_squares(logits, n_expert)) : 1.0f;
+    for (int64_t e = 0; e < n_expert; e++) {
+        const bool active = logits[e] > 0.0f && (!bias || logits[e] + bias[e] * bias_scale > 0.0f);
+        a[e]              = active ? logits[e] : 0.0f;
+    }
+}
+
+float router_norm_factor(const router_params & p, int64_t n_expert, const float * a) {
+    switch (p.norm) {
+        case GGML_ROUTER_NORM_NONE:
+            return 1.0f;
+        case GGML_ROUTER_NORM_RMS:
+            return (float) (1.0 / std::sqrt(mean_of_squares(a, n_expert) + p.eps));
+        case GGML_ROUTER_NORM_SUM:
+            {
+                double sum = 0.0;
+                for (int64_t e = 0; e < n_expert; e++) {
+                    sum += a[e];
+                }
+                return (float) (1.0 / (sum * p.norm_scale + 1e-5));
+            }
+    }
+    GGML_ABORT("unknown ggml_router_norm %d", (int) p.norm);
+}
+
+}  // namespace
+
+void ggml_compute_forward_relu_router(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * logits = dst->src[0];  // [n_expert, n_tokens]
+    const ggml_tensor * weight = dst->src[1];  // [n_expert] or [1] or NULL
+    const ggml_tensor * bias   = dst->src[2];  // [n_expert] or NULL
+
+    const router_params p        = router_params_get(dst);
+    const int64_t       n_expert = dst->ne[0];
+    const float *       w        = weight ? (const float *) weight->data : nullptr;
+    const int64_t       w_step   = weight && weight->ne[0] == n_expert ? 1 : 0;
+
+    for (int64_t t = params->ith; t < dst->ne[1]; t += params->nth) {
+        const float * r = (const float *) ((const char *) logits->data + t * logits->nb[1]);
+        float *       s = (float *) ((char *) dst->data + t * dst->nb[1]);
+
+        router_activate(p, n_expert, r, bias ? (const float *) bias->data : nullptr, s);
+        // without an active expert the row is zeros already, and "none" with eps 0 would give 0 * inf
+        const float factor = router_norm_factor(p, n_expert, s) * p.scale;
+        for (int64_t e = 0; e < n_expert; e++) {
+            if (s[e] == 0.0f) {
+                continue;
+            }
+            const float v = s[e] * factor * (w ? w[e * w_step] : 1.0f);
+            s[e]          = std::fabs(v) < FLT_MIN ? std::copysign(FLT_MIN, v) : v;
+        }
+    }
+}

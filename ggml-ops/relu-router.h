@@ -1,0 +1,15 @@
+// The ReLU router: from router logits to scores. See ggml_relu_router() in ggml.h.
+#pragma once
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+struct ggml_tensor;
+
+void ggml_compute_forward_relu_router(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+#ifdef __cplusplus
+}
+#endif
