@@ -75,6 +75,7 @@ test: setup
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PY) tests/mypy_tree.py
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*.h ggml-ops/*.c ggml-ops/*.cpp)
 

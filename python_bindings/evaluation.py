@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ class Evaluator:
     """Evaluates token sequences on the weights of `llm`, always from an empty cache. Free it with `close`."""
 
     def __init__(self, llm: Llama) -> None:
-        self._llm: Llama = weakref.proxy(llm)  # the model owns this object
+        self._llm = cast("Llama", weakref.proxy(llm))  # the model owns this object
         self._low = library.load()
         row_bytes = 4 * llm.n_vocab()
         self._n_batch = int(min(512, max(16, MAX_LOGIT_BYTES // row_bytes)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -72,7 +72,7 @@ class _Reader(GGUFReader):
             return 12 + values.nbytes, [values], [0], types
         if item != GGUFValueType.STRING:
             raise ValueError(f"array of {item.name}: not supported")
-        offset, strings = start, []
+        offset, strings = start, list[bytes]()
         for _ in range(count):
             length = int.from_bytes(self._bytes[offset : offset + 8], "little" if self.byte_order == "I" else "big")
             offset += 8 + length
@@ -85,7 +85,7 @@ class _Reader(GGUFReader):
     def _bytes(self) -> memoryview:
         view = self.__dict__.get("_view")
         if view is None:
-            view = self.__dict__["_view"] = memoryview(self.data)
+            view = self.__dict__["_view"] = memoryview(cast(Any, self.data))
         return view
 
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:

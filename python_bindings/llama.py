@@ -169,13 +169,13 @@ class Llama(llama_cpp.Llama):
         _capi.function("blockffn_stats")(self.ctx, *pointers)
         if reset:
             _capi.function("blockffn_stats_reset")(self.ctx)
-        return UnionStats(*arrays, n_experts=self.n_experts)
+        return UnionStats(*arrays, self.n_experts)  # type: ignore[arg-type]
 
     def apply_adapters(self, ctx: Any) -> None:
         """Give another context of this model the LoRA adapter that the conversation has."""
         if self._lora_adapter is None:
             return
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)
+        adapters = (ctypes.c_void_p * 1)(self._lora_adapter)
         llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale))
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
