@@ -1,0 +1,68 @@
+"""``blockffn train CONFIG``: train, resume, export.
+
+blockffn train examples/tiny-blockffn/train.toml
+blockffn train examples/tiny-blockffn/train.toml --export examples/tiny-blockffn
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from blockffn.errors import BlockffnError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``blockffn train``."""
+    parser.add_argument("config", type=Path, help="training file (TOML), see docs/training.md")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="replace one value")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a checkpoint folder when the run is complete")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the saved state on the whole validation text")
+    parser.add_argument("--json", action="store_true", help="print the final figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``blockffn train``; returns the exit code. Raises BlockffnError for anything wrong with the input."""
+    from blockffn.training.config import read_config
+    from blockffn.training.trainer import Trainer
+
+    trainer = Trainer(read_config(args.config, _overrides(args.set)))
+    if args.eval_only:
+        trainer.resume()
+    elif not trainer.train():
+        print(f"stopped after step {trainer.step}; the same command goes on from there")
+        return 0
+    figures = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.evaluate()}
+    if args.export is not None:
+        from blockffn.training.export import export_checkpoint
+
+        export_checkpoint(args.export, trainer.decoder, trainer.corpus.tokenizer)
+    from blockffn.training.plots import plot_curve
+
+    plot_curve({trainer.config.model.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
+    print(json.dumps(figures) if args.json else summary(figures))
+    return 0
+
+
+def summary(figures: dict[str, object]) -> str:
+    """A few lines for people: validation loss, mean sparsity."""
+    lines = [f"steps {figures['steps']}, {figures['seconds']} s, validation loss {figures['validation']:.4f}"]
+    for name, value in figures.items():
+        if isinstance(value, list):
+            lines.append(f"{name:8} {sum(value) / len(value):.3f}  per layer " + " ".join(f"{v:.3f}" for v in value))
+    return "\n".join(lines)
+
+
+def _overrides(settings: list[str]) -> dict[str, dict[str, object]]:
+    """["run.seed=1"] -> {"run": {"seed": 1}}; values are TOML values, a bare word is a string."""
+    from blockffn.training.config import parse_value
+
+    tables: dict[str, dict[str, object]] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        table, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise BlockffnError(f"--set {setting}: expected TABLE.KEY=VALUE, for example optimizer.steps=100")
+        tables.setdefault(table, {})[key] = parse_value(value)
+    return tables

@@ -1,0 +1,275 @@
+"""What a training run is: a TOML file with five tables, read into `TrainConfig` and, for the model, `ModelConfig`.
+
+    >>> from blockffn.training.config import read_config
+    >>> config = read_config(Path("examples/tiny-blockffn/train.toml"))
+    >>> config.model.n_embd, config.optimizer.kind
+    (256, 'muon')
+
+docs/training.md explains every key. A key that nobody knows is an error that names the nearest known one; only keys
+with a default in the dataclasses below may be left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.errors import BlockffnError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+FAMILIES = ("blockffn", "deco", "vanilla")
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run goes; these keys do not change what is learned, except seed and precision."""
+
+    out: str  # folder of checkpoint, log and curve, relative to the working directory
+    seed: int
+    device: str = "cpu"
+    precision: str = "float32"
+    threads: int = 0  # 0 leaves torch's choice
+    log_every: int = 10
+    eval_every: int = 100
+    eval_sequences: int = 16
+    save_every: int = 50
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Text and vocabulary."""
+
+    vocab_size: int
+    cache: str = "build/corpus"
+    tokenizer: str = ""  # an existing tokenizer.model instead of a new one
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Batch, schedule (warm-up, stable, exponential decay) and optimizer."""
+
+    kind: str
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    decay_steps: int
+    sequence_length: int
+    batch_sequences: int  # sequences per step
+    micro_sequences: int  # sequences per forward pass
+    final_ratio: float = 0.02  # learning rate at the end over learning_rate
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Factors of the router's objectives; 0 switches one off."""
+
+    locality: float = 0.0
+    locality_beta: float = 100.0
+    chunk: float = 0.0
+    chunk_size: int = 64
+    chunk_warmup: int = 0
+    chunk_stable: int = 0
+    chunk_window: int = 100
+    chunk_min_ratio: float = 1.025
+    chunk_max_factor: float = 4.0
+    entropy: float = 0.0
+    entropy_multiplier: float = 1.001
+    target_ratio: float = 0.2
+    bias_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The whole file."""
+
+    run: RunConfig
+    corpus: CorpusConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    objective: ObjectiveConfig
+
+
+def read_config(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> TrainConfig:
+    """Read `path`; `overrides` replaces single values, table by table. Raises BlockffnError naming file and key."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise BlockffnError(f"{path}: cannot be read ({err.strerror}); give the path of a training file") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise BlockffnError(f"{path}: not a TOML file: {err}") from err
+    for table, values in (overrides or {}).items():
+        tables[table] = {**tables.get(table, {}), **values}
+    _check_names(path, "", tables, ("run", "corpus", "model", "optimizer", "objective"))
+    run = _read(path, "run", tables, RunConfig)
+    corpus = _read(path, "corpus", tables, CorpusConfig)
+    optimizer = _read(path, "optimizer", tables, OptimizerConfig)
+    config = TrainConfig(
+        run, corpus, _read_model(path, tables, corpus), optimizer, _read(path, "objective", tables, ObjectiveConfig)
+    )
+    _check_values(path, config)
+    return config
+
+
+@dataclass(frozen=True)
+class _ModelTable:
+    """Table [model]: the shape, in the words of the published configuration files."""
+
+    name: str
+    family: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    intermediate_size: int = 0  # width of dense layers
+    num_dense_layers: int = 0  # dense layers before the first layer of experts
+    num_experts: int = 0
+    dim_expert: int = 0
+    shared_expert_size: int = 0
+    expert_activation: str = "silu"
+    router_norm: str = "rms"
+    router_scale: float = 1.0  # start value of the learnable factor on the scores
+    expert_bias: bool = False
+    q_lora_rank: int = 0  # 0: grouped-query attention
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    scale_emb: float = 1.0
+    scale_depth: float = 0.0  # 0: residual branches are not scaled
+    dim_model_base: int = 0  # 0: logits are not scaled
+
+
+def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> ModelConfig:
+    m = _read(path, "model", tables, _ModelTable)
+    if m.family not in FAMILIES:
+        raise BlockffnError(f"{path}: [model] family: expected one of {', '.join(FAMILIES)}, found {m.family!r}")
+    if m.hidden_size % m.num_attention_heads:
+        raise BlockffnError(f"{path}: [model] hidden_size {m.hidden_size} is no multiple of {m.num_attention_heads} heads")
+    experts = m.family != "vanilla"
+    needed = ("num_experts", "dim_expert") if experts else ("intermediate_size",)
+    needed += ("intermediate_size",) if m.num_dense_layers else ()
+    needed += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim") if m.q_lora_rank else ()
+    for key in needed:
+        if getattr(m, key) <= 0:
+            raise BlockffnError(f"{path}: [model] {key}: expected a positive number for this model, found none")
+    head_dim, n_layer = m.hidden_size // m.num_attention_heads, m.num_hidden_layers
+    mla = MlaConfig(m.q_lora_rank, m.kv_lora_rank, m.qk_nope_head_dim, m.qk_rope_head_dim, head_dim, 1e-6)
+    moe = MoeConfig(
+        n_expert=m.num_experts,
+        expert_dim=m.dim_expert,
+        gated=False,
+        activation=m.expert_activation,
+        activation_eps=m.rms_norm_eps if m.expert_activation.startswith("norm_silu") else 0.0,
+        router_norm=m.router_norm,
+        router_norm_eps=m.rms_norm_eps,
+        router_norm_scale=1.0,
+        router_scale=1.0,
+        router_weight=m.num_experts,
+        bias_method="base" if m.expert_bias else "none",
+        shared_dim=m.shared_expert_size,
+        shared_gated=m.family == "deco",
+    )
+    dense = m.num_dense_layers if experts else n_layer
+    return ModelConfig(
+        name=m.name,
+        family=m.family,
+        n_vocab=corpus.vocab_size,
+        n_embd=m.hidden_size,
+        n_layer=n_layer,
+        n_head=m.num_attention_heads,
+        n_head_kv=m.num_key_value_heads,
+        head_dim=head_dim,
+        n_ctx_train=m.max_position_embeddings,
+        rms_eps=m.rms_norm_eps,
+        rope_base=m.rope_theta,
+        rope_scaling="none",
+        rope_factor=1.0,
+        embedding_scale=m.scale_emb,
+        residual_scale=m.scale_depth / n_layer**0.5 if m.scale_depth else 1.0,
+        logit_scale=m.dim_model_base / m.hidden_size if m.dim_model_base else 1.0,
+        tied=m.tie_word_embeddings,
+        mla=mla if m.q_lora_rank else None,
+        moe=moe if experts else None,
+        dense_dim=tuple(m.intermediate_size if i < dense else 0 for i in range(n_layer)),
+        dense_activation="silu",
+        bos_id=1,
+        eos_ids=(2,),
+        pad_id=None,
+    )
+
+
+def _check_values(path: Path, config: TrainConfig) -> None:
+    o, run, objective = config.optimizer, config.run, config.objective
+    choices = (("run", "precision", run.precision, PRECISIONS), ("optimizer", "kind", o.kind, OPTIMIZERS))
+    for table, key, found, known in choices:
+        if found not in known:
+            raise BlockffnError(f"{path}: [{table}] {key}: expected one of {', '.join(known)}, found {found!r}")
+    for key in ("learning_rate", "steps", "sequence_length", "batch_sequences", "micro_sequences"):
+        if getattr(o, key) <= 0:
+            raise BlockffnError(f"{path}: [optimizer] {key}: expected a positive number, found {getattr(o, key)}")
+    if o.batch_sequences % o.micro_sequences:
+        raise BlockffnError(
+            f"{path}: [optimizer] batch_sequences {o.batch_sequences} is no multiple of micro_sequences "
+            f"{o.micro_sequences}; every forward pass takes as many sequences"
+        )
+    if o.warmup_steps + o.decay_steps > o.steps:
+        raise BlockffnError(
+            f"{path}: [optimizer] warmup_steps {o.warmup_steps} and decay_steps {o.decay_steps} exceed steps {o.steps}"
+        )
+    wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
+    if wanted and config.model.moe is None:
+        raise BlockffnError(f"{path}: [objective] acts on routers, but family {config.model.family} has none; remove it")
+    if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
+        raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
+
+
+def _check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise BlockffnError(f"{path}: {f'[{table}] ' if table else ''}unknown key {key!r}; {hint}")
+
+
+def _read(path: Path, table: str, tables: Mapping[str, Any], kind: type[Any]) -> Any:
+    values = tables.get(table, {})
+    if not isinstance(values, dict):
+        raise BlockffnError(f"{path}: {table}: expected a table [{table}], found {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _check_names(path, table, values, tuple(fields))
+    for name, f in fields.items():
+        if name not in values:
+            if f.default is dataclasses.MISSING:
+                raise BlockffnError(f"{path}: [{table}] {name}: expected a value, found none; docs/training.md explains it")
+            continue
+        expected = {"int": int, "float": (int, float), "str": str, "bool": bool}[str(f.type)]
+        if not isinstance(values[name], expected) or (isinstance(values[name], bool) and f.type != "bool"):
+            raise BlockffnError(f"{path}: [{table}] {name}: expected {f.type}, found {values[name]!r}")
+    return kind(**values)
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value from the command line; what is none is taken as a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

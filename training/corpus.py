@@ -1,0 +1,166 @@
+"""The text that the small models learn: what every CPython carries, cut into tokens and kept under a cache folder.
+
+    >>> from blockffn.training.corpus import prepare
+    >>> corpus = prepare(Path("build/corpus"), vocab_size=4096)
+    >>> corpus.train.dtype, int(corpus.train[0]) == corpus.bos_id
+    (dtype('uint16'), True)
+
+Documents are the sources of the standard library and the help topics of pydoc_data. A document belongs to the
+validation split when the SHA-256 of its text says so, hence the split never depends on file order or dates. The
+vocabulary is a SentencePiece BPE model with byte fallback, bos 1 and eos 2 like the published models; it keeps
+white space and line ends as they are, because Python code means something by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from blockffn.errors import BlockffnError
+
+BOS_ID, EOS_ID = 1, 2
+# Tests repeat one pattern, the others are tables or stubs that say little about the language.
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "pydoc_data", "lib2to3", "ensurepip"}
+)
+VALIDATION_SHARE = 0.03
+MAX_DOCUMENT_CHARS = 200_000  # longer files are generated tables
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token streams (uint16, documents joined as bos ... eos) and the vocabulary that made them."""
+
+    train: NDArray[np.uint16]  # [n_train]
+    validation: NDArray[np.uint16]  # [n_validation]
+    tokenizer: Path  # tokenizer.model
+    bos_id: int
+    eos_id: int
+    fingerprint: str  # SHA-256 over both streams
+
+
+def stdlib_documents() -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every document, sorted by name; files that are not UTF-8 are left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS.intersection(relative.parts) or any(part.startswith("config-") for part in relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if 200 <= len(text) <= MAX_DOCUMENT_CHARS:
+            yield relative.as_posix(), text.replace("\r\n", "\n")
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        yield f"pydoc_data/topics/{name}", topics[name]
+
+
+def is_validation(text: str, share: float = VALIDATION_SHARE) -> bool:
+    """Whether a document belongs to the validation split, by the hash of its text."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def train_tokenizer(texts: list[str], prefix: Path, vocab_size: int) -> Path:
+    """Train a SentencePiece BPE vocabulary on `texts` and return the path ``PREFIX.model``.
+
+    Identity normalisation, runs of spaces kept and allowed inside one piece, digits split, byte fallback. Raises
+    BlockffnError when the text is too small for the vocabulary.
+    """
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(prefix),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            add_dummy_prefix=False,
+            character_coverage=0.9999,
+            unk_id=0,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
+            max_sentence_length=20_000,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as err:
+        raise BlockffnError(
+            f"tokenizer: cannot make {vocab_size} pieces from {len(lines)} lines of text ({err}); "
+            "give more text or a smaller vocab_size"
+        ) from err
+    return prefix.with_name(prefix.name + ".model")
+
+
+def encode_documents(tokenizer: Path, texts: list[str]) -> NDArray[np.uint16]:
+    """Tokens of all documents, each as bos, text, eos: uint16 [n_tokens]."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    if pieces.get_piece_size() > 2**16:
+        raise BlockffnError(f"{tokenizer}: expected at most 65536 pieces, found {pieces.get_piece_size()}")
+    streams = [[BOS_ID, *pieces.encode(text), EOS_ID] for text in texts]
+    return np.concatenate([np.asarray(stream, dtype=np.uint16) for stream in streams])  # [n_tokens]
+
+
+def document_ids(tokens: NDArray[np.integer], bos_id: int = BOS_ID) -> NDArray[np.int64]:
+    """Number of the document that each token belongs to, counted along the last axis: int64, shape of `tokens`.
+
+    >>> document_ids(np.array([7, 8, 1, 5, 2, 1, 9]))
+    array([0, 0, 1, 1, 1, 2, 2])
+    """
+    return np.cumsum(tokens == bos_id, axis=-1, dtype=np.int64)
+
+
+def prepare(cache: Path, vocab_size: int, tokenizer: Path | None = None) -> Corpus:
+    """Return the corpus, from `cache` when it was made by the same interpreter and vocabulary, else made anew.
+
+    `tokenizer` names an existing vocabulary (a tokenizer.model) to use instead of training one.
+    """
+    key = {"python": sys.version.split()[0], "vocab_size": vocab_size, "share": VALIDATION_SHARE}
+    if tokenizer is not None:
+        if not tokenizer.is_file():
+            raise BlockffnError(f"{tokenizer}: no such vocabulary; remove `tokenizer` from [corpus] to train one")
+        key["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    if not (folder / "done.json").is_file():
+        _build(folder, vocab_size, tokenizer)
+        _write_atomically(folder / "done.json", json.dumps(key, indent=1).encode())
+    train, validation = np.load(folder / "train.npy"), np.load(folder / "validation.npy")
+    fingerprint = hashlib.sha256(train.tobytes() + validation.tobytes()).hexdigest()
+    return Corpus(train, validation, tokenizer or folder / "tokenizer.model", BOS_ID, EOS_ID, fingerprint)
+
+
+def _build(folder: Path, vocab_size: int, tokenizer: Path | None) -> None:
+    texts = [text for _, text in stdlib_documents()]
+    train = [text for text in texts if not is_validation(text)]
+    validation = [text for text in texts if is_validation(text)]
+    # Neighbours in a package resemble each other: order by hash, so that every stretch of the stream is a mixture.
+    train.sort(key=lambda text: hashlib.sha256(text.encode("utf-8")).digest())
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tokenizer or train_tokenizer(train, folder / "tokenizer", vocab_size)
+    np.save(folder / "train.npy", encode_documents(model, train))
+    np.save(folder / "validation.npy", encode_documents(model, validation))
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
