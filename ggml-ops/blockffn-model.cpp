@@ -6,10 +6,11 @@
 // names of the enumerations in GGUF files
 //
 
-static const char * const ROUTER_NORMS[] = { "none", "rms", "sum", "normal" };
+static const char * const ROUTER_NORMS[]  = { "none", "rms", "sum", "normal" };
 static const char * const ROUTER_BIASES[] = { "none", "base", "rms" };
-static const char * const ACTIVATIONS[]   = { "silu",      "relu",           "gelu",           "relu_squared",
-                                              "norm_silu", "norm_silu_nomean", "norm_silu_norms" };
+static const char * const ACTIVATIONS[]   = { "silu",           "relu",      "gelu",
+                                              "relu_squared",   "norm_silu", "norm_silu_nomean",
+                                              "norm_silu_norms" };
 
 const char * blockffn_router_norm_name(blockffn_router_norm value) {
     return ROUTER_NORMS[value];
@@ -41,6 +42,11 @@ static T get_named(llama_model_loader & ml, enum llm_kv key, const char * const 
 //
 // hyper-parameters
 //
+
+// the ops and the files count their alternatives alike
+static_assert((int) BLOCKFFN_ROUTER_NORM_SUM == (int) GGML_ROUTER_NORM_SUM, "router norms differ");
+static_assert((int) BLOCKFFN_ROUTER_BIAS_RMS == (int) GGML_ROUTER_BIAS_RMS, "router biases differ");
+static_assert((int) BLOCKFFN_ACTIVATION_NORM_SILU_NORMS == (int) GGML_UNION_ACT_NORM_SILU_NORMS, "activations differ");
 
 void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
     auto & bf = hparams.blockffn;
@@ -80,11 +86,20 @@ void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
     }
 
     switch (hparams.n_layer()) {
-        case 16: type = LLM_TYPE_SMALL; break;
-        case 27: type = LLM_TYPE_0_5B; break;
-        case 32: type = hparams.n_embd == 1536 ? LLM_TYPE_0_8B : LLM_TYPE_1_2B; break;
-        case 35: type = LLM_TYPE_1_2B; break;
-        default: type = LLM_TYPE_UNKNOWN;
+        case 16:
+            type = LLM_TYPE_SMALL;
+            break;
+        case 27:
+            type = LLM_TYPE_0_5B;
+            break;
+        case 32:
+            type = hparams.n_embd == 1536 ? LLM_TYPE_0_8B : LLM_TYPE_1_2B;
+            break;
+        case 35:
+            type = LLM_TYPE_1_2B;
+            break;
+        default:
+            type = LLM_TYPE_UNKNOWN;
     }
 }
 
@@ -151,27 +166,31 @@ void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer
         throw std::runtime_error("blockffn.feed_forward_length is 0 for layer " + std::to_string(il) +
                                  ", which marks a layer of experts, but blockffn.expert_count is 0");
     }
-    layer.ffn_gate_inp = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP, "weight", il), { n_embd, n_expert }, 0);
+    layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP, "weight", il), { n_embd, n_expert }, 0);
     // the factor on the scores: one per expert, one for all, or none
-    const auto  name   = tn(LLM_TENSOR_FFN_ROUTER_NORM, "weight", il);
-    const auto  meta   = ml.get_tensor_meta(name.str().c_str());
-    const int   factor = bf.router_norm == BLOCKFFN_ROUTER_NORM_RMS ? 0 : TENSOR_NOT_REQUIRED;
+    const auto name       = tn(LLM_TENSOR_FFN_ROUTER_NORM, "weight", il);
+    const auto meta       = ml.get_tensor_meta(name.str().c_str());
+    const int  factor     = bf.router_norm == BLOCKFFN_ROUTER_NORM_RMS ? 0 : TENSOR_NOT_REQUIRED;
     layer.ffn_router_norm = create_tensor(name, { meta && meta->ne[0] == 1 ? 1 : n_expert }, factor);
     const int bias        = bf.router_bias == BLOCKFFN_ROUTER_BIAS_NONE ? TENSOR_NOT_REQUIRED : 0;
     layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias", il), { n_expert }, bias);
 
     if (bf.dense_layout) {
-        layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), { n_embd, n_expert * d }, TENSOR_NOT_REQUIRED);
+        layer.ffn_gate =
+            create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), { n_embd, n_expert * d }, TENSOR_NOT_REQUIRED);
         layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP, "weight", il), { n_embd, n_expert * d }, 0);
         layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), { n_expert * d, n_embd }, 0);
     } else {
-        layer.ffn_gate_exps = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", il), { n_embd, d, n_expert }, TENSOR_NOT_REQUIRED);
+        layer.ffn_gate_exps =
+            create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", il), { n_embd, d, n_expert }, TENSOR_NOT_REQUIRED);
         layer.ffn_up_exps   = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS, "weight", il), { n_embd, d, n_expert }, 0);
         layer.ffn_down_exps = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS, "weight", il), { d, n_embd, n_expert }, 0);
     }
 
-    const bool has_norm = bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NOMEAN;
-    const bool has_mean = bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NORMS;
+    const bool has_norm =
+        bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NOMEAN;
+    const bool has_mean =
+        bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NORMS;
     if (has_norm) {
         layer.ffn_act_norm = create_tensor(tn(LLM_TENSOR_FFN_ACT_NORM, "weight", il), { d }, 0);
     }
@@ -179,7 +198,8 @@ void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer
         layer.ffn_act_mean = create_tensor(tn(LLM_TENSOR_FFN_ACT_MEAN, "weight", il), { n_embd }, 0);
     }
     if (n_shared > 0) {
-        layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", il), { n_embd, n_shared }, TENSOR_NOT_REQUIRED);
+        layer.ffn_gate_shexp =
+            create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", il), { n_embd, n_shared }, TENSOR_NOT_REQUIRED);
         layer.ffn_up_shexp   = create_tensor(tn(LLM_TENSOR_FFN_UP_SHEXP, "weight", il), { n_embd, n_shared }, 0);
         layer.ffn_down_shexp = create_tensor(tn(LLM_TENSOR_FFN_DOWN_SHEXP, "weight", il), { n_shared, n_embd }, 0);
     }
@@ -198,7 +218,8 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
     const auto & bf = hparams.blockffn;
     if (bf.rope_dynamic_factor > 0.0f && cparams.n_ctx_seq > hparams.n_ctx_train) {
         throw std::runtime_error("this model scales RoPE dynamically beyond its trained context of " +
-                                 std::to_string(hparams.n_ctx_train) + " tokens, which is not supported: use a context of at most that");
+                                 std::to_string(hparams.n_ctx_train) +
+                                 " tokens, which is not supported: use a context of at most that");
     }
     const bool mla = hparams.is_mla();
 
@@ -206,12 +227,12 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
     inpL               = ggml_scale(ctx0, inpL, hparams.f_embedding_scale);
     cb(inpL, "inp_scaled", -1);
 
-    ggml_tensor * pos     = build_inp_pos();
-    auto *        inp_k   = mla ? build_attn_inp_k() : nullptr;
-    auto *        inp_kv  = mla ? nullptr : build_attn_inp_kv();
-    ggml_tensor * out_ids = build_inp_out_ids();
+    ggml_tensor * pos        = build_inp_pos();
+    auto *        inp_k      = mla ? build_attn_inp_k() : nullptr;
+    auto *        inp_kv     = mla ? nullptr : build_attn_inp_kv();
+    ggml_tensor * out_ids    = build_inp_out_ids();
     // a draft head reads the hidden states of all tokens, everybody else only those of the output rows
-    const bool all_hidden = cparams.embeddings_nextn && !cparams.embeddings_nextn_masked;
+    const bool    all_hidden = cparams.embeddings_nextn && !cparams.embeddings_nextn_masked;
 
     for (int il = 0; il < n_layer; ++il) {
         const auto & layer = model.layers[il];
@@ -254,8 +275,11 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
 }
 
 // Multi-head latent attention in absorbed form: one shared key [kv_rank + rope] per token is all that the cache holds.
-ggml_tensor * llama_model_blockffn::graph::build_mla(
-        const llama_layer & layer, llm_graph_input_attn_k * inp, ggml_tensor * cur, ggml_tensor * pos, int il) {
+ggml_tensor * llama_model_blockffn::graph::build_mla(const llama_layer &      layer,
+                                                     llm_graph_input_attn_k * inp,
+                                                     ggml_tensor *            cur,
+                                                     ggml_tensor *            pos,
+                                                     int                      il) {
     const int64_t n_k     = hparams.n_embd_head_k_mla();
     const int64_t n_nope  = n_k - n_rot;
     const int64_t kv_rank = hparams.n_lora_kv;
@@ -285,26 +309,31 @@ ggml_tensor * llama_model_blockffn::graph::build_mla(
                            attn_factor, beta_fast, beta_slow);
     cb(k_rope, "k_rope", il);
 
-    q_nope = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);        // [nope, n_tokens, n_head]
-    q_nope = ggml_mul_mat(ctx0, layer.wk_b, q_nope);        // [kv_rank, n_tokens, n_head]
-    q_nope = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);        // [kv_rank, n_head, n_tokens]
-    q      = ggml_concat(ctx0, q_nope, q_rope, 0);          // [kv_rank + rope, n_head, n_tokens]
-    ggml_tensor * k = ggml_concat(ctx0, c, k_rope, 0);      // [kv_rank + rope, 1, n_tokens]
+    q_nope          = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);  // [nope, n_tokens, n_head]
+    q_nope          = ggml_mul_mat(ctx0, layer.wk_b, q_nope);  // [kv_rank, n_tokens, n_head]
+    q_nope          = ggml_permute(ctx0, q_nope, 0, 2, 1, 3);  // [kv_rank, n_head, n_tokens]
+    q               = ggml_concat(ctx0, q_nope, q_rope, 0);    // [kv_rank + rope, n_head, n_tokens]
+    ggml_tensor * k = ggml_concat(ctx0, c, k_rope, 0);         // [kv_rank + rope, 1, n_tokens]
 
-    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, c, nullptr, nullptr, layer.wv_b, 1.0f / sqrtf(float(n_k)), il);
+    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, c, nullptr, nullptr, layer.wv_b, 1.0f / sqrtf(float(n_k)),
+                      il);
 }
 
 // Grouped-query attention.
-ggml_tensor * llama_model_blockffn::graph::build_gqa(
-        const llama_layer & layer, llm_graph_input_attn_kv * inp, ggml_tensor * cur, ggml_tensor * pos, int il) {
+ggml_tensor * llama_model_blockffn::graph::build_gqa(const llama_layer &       layer,
+                                                     llm_graph_input_attn_kv * inp,
+                                                     ggml_tensor *             cur,
+                                                     ggml_tensor *             pos,
+                                                     int                       il) {
     auto [q, k, v] = build_qkv(layer, cur, n_embd_head_k, n_head, n_head_kv, il);
-    q = ggml_rope_ext(ctx0, q, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor,
-                      beta_fast, beta_slow);
-    k = ggml_rope_ext(ctx0, k, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor,
-                      beta_fast, beta_slow);
+    q = ggml_rope_ext(ctx0, q, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor,
+                      attn_factor, beta_fast, beta_slow);
+    k = ggml_rope_ext(ctx0, k, pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor,
+                      attn_factor, beta_fast, beta_slow);
     cb(q, "q", il);
     cb(k, "k", il);
-    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, v, nullptr, nullptr, nullptr, 1.0f / sqrtf(float(n_embd_head_k)), il);
+    return build_attn(inp, layer.wo, nullptr, nullptr, q, k, v, nullptr, nullptr, nullptr,
+                      1.0f / sqrtf(float(n_embd_head_k)), il);
 }
 
 // The FFN of one layer: y [n_embd, n_tokens] from its normed input.
@@ -312,11 +341,12 @@ ggml_tensor * llama_model_blockffn::graph::build_ffn_block(const llama_layer & l
     if (hparams.n_ff(il) > 0) {
         return build_plain_ffn(layer.ffn_up, layer.ffn_gate, layer.ffn_down, cur, il);
     }
-    const routing r = build_router(layer, cur, il);
+    const bool    sparse = runs_union_op(layer, cur);
+    const routing r      = build_router(layer, cur, sparse, il);
     ggml_build_forward_expand(gf, r.active);
     res->t_expert_scores.push_back(r.active);
 
-    ggml_tensor * y = build_experts_dense(layer, cur, r.scores, il);
+    ggml_tensor * y = sparse ? build_union(layer, cur, r.scores) : build_experts_dense(layer, cur, r.scores, il);
     cb(y, "ffn_experts", il);
     if (layer.ffn_up_shexp) {
         y = ggml_add(ctx0, y, build_plain_ffn(layer.ffn_up_shexp, layer.ffn_gate_shexp, layer.ffn_down_shexp, cur, il));
@@ -324,14 +354,57 @@ ggml_tensor * llama_model_blockffn::graph::build_ffn_block(const llama_layer & l
     return y;
 }
 
-// Scores of all experts: ReLU, active set, norm, factors (BlockFFN eq. 3 to 5, DECO eq. 4 to 7).
-llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(
-        const llama_layer & layer, ggml_tensor * cur, int il) {
+// Whether this layer runs through the ops: not if the file or the user asks for the dense graph, not while a callback
+// watches the matrix products (imatrix), and only where the device of the weights knows the op.
+bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_tensor * cur) {
     const auto & bf = hparams.blockffn;
+    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || cparams.cb_eval) {
+        return false;
+    }
+    ggml_tensor *         scores = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_expert, cur->ne[1]);
+    ggml_tensor *         op     = build_union(layer, cur, scores);
+    ggml_backend_buffer_t buffer = layer.ffn_up_exps->buffer;
+    ggml_backend_dev_t    dev    = buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) :
+                                            ggml_backend_get_device(backend_cpu);
+    return dev && ggml_backend_dev_supports_op(dev, op);
+}
 
+// The sparse FFN: each expert that any token needs is read once, only active pairs are computed.
+ggml_tensor * llama_model_blockffn::graph::build_union(const llama_layer & layer,
+                                                       ggml_tensor *       cur,
+                                                       ggml_tensor *       scores) {
+    const auto & bf = hparams.blockffn;
+    return ggml_union_ffn(ctx0, cur, layer.ffn_up_exps, layer.ffn_gate_exps, layer.ffn_down_exps, scores,
+                          layer.ffn_act_mean, layer.ffn_act_norm, (enum ggml_union_act) bf.activation,
+                          bf.activation_eps);
+}
+
+// Scores of all experts (BlockFFN eq. 3 to 5, DECO eq. 4 to 7).
+llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(const llama_layer & layer,
+                                                                               ggml_tensor *       cur,
+                                                                               bool                sparse,
+                                                                               int                 il) {
+    const auto &  bf     = hparams.blockffn;
     ggml_tensor * logits = ggml_mul_mat(ctx0, layer.ffn_gate_inp, cur);  // [n_expert, n_tokens]
     ggml_prec_set_acc(logits, GGML_PREC_F32);
     cb(logits, "ffn_router_logits", il);
+
+    if (!sparse) {
+        return build_router_dense(layer, logits);
+    }
+    const bool    biased = bf.router_bias != BLOCKFFN_ROUTER_BIAS_NONE;
+    ggml_tensor * scores =
+        ggml_relu_router(ctx0, logits, layer.ffn_router_norm, biased ? layer.ffn_exp_probs_b : nullptr,
+                         (enum ggml_router_norm) bf.router_norm, (enum ggml_router_bias) bf.router_bias,
+                         bf.router_norm_eps, bf.router_norm_scale, bf.router_scale);
+    cb(scores, "ffn_router_scores", il);
+    return { scores, scores };
+}
+
+// The same through stock ops.
+llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router_dense(const llama_layer & layer,
+                                                                                     ggml_tensor *       logits) {
+    const auto & bf = hparams.blockffn;
 
     ggml_tensor * active = ggml_relu(ctx0, logits);
     if (layer.ffn_exp_probs_b && bf.router_bias != BLOCKFFN_ROUTER_BIAS_NONE) {
@@ -346,7 +419,6 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(
         }
         active = ggml_mul(ctx0, active, ggml_step(ctx0, shifted));
     }
-    cb(active, "ffn_router_active", il);
 
     ggml_tensor * scores = active;
     switch (bf.router_norm) {
@@ -356,7 +428,8 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(
             scores = ggml_rms_norm(ctx0, active, bf.router_norm_eps);
             break;
         case BLOCKFFN_ROUTER_NORM_SUM:
-            scores = ggml_div(ctx0, active, ggml_scale_bias(ctx0, ggml_sum_rows(ctx0, active), bf.router_norm_scale, 1e-5f));
+            scores =
+                ggml_div(ctx0, active, ggml_scale_bias(ctx0, ggml_sum_rows(ctx0, active), bf.router_norm_scale, 1e-5f));
             break;
         case BLOCKFFN_ROUTER_NORM_NORMAL:
             scores = ggml_norm(ctx0, active, bf.router_norm_eps);
@@ -368,15 +441,16 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(
     if (bf.router_scale != 1.0f) {
         scores = ggml_scale(ctx0, scores, bf.router_scale);
     }
-    cb(scores, "ffn_router_scores", il);
     // with the norm `normal` an inactive expert has a score too: every expert counts
     return { scores, bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL ? scores : active };
 }
 
 // All experts through stock ops. Dense layout: two matrix products. Expert layout: mul_mat_id with every expert, which
 // every backend, packed buffer type and the imatrix tool know.
-ggml_tensor * llama_model_blockffn::graph::build_experts_dense(
-        const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores, int il) {
+ggml_tensor * llama_model_blockffn::graph::build_experts_dense(const llama_layer & layer,
+                                                               ggml_tensor *       cur,
+                                                               ggml_tensor *       scores,
+                                                               int                 il) {
     const bool    flat = hparams.blockffn.dense_layout;
     const int64_t d    = hparams.n_ff_exp();
     const int64_t n    = cur->ne[1];
@@ -384,7 +458,7 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(
     ggml_tensor * ids = nullptr;
     if (!flat) {
         ids = ggml_repeat_4d(ctx0, ggml_arange(ctx0, 0.0f, float(n_expert), 1.0f), n_expert, n, 1, 1);
-        ids = ggml_cast(ctx0, ids, GGML_TYPE_I32);  // [n_expert, n]
+        ids = ggml_cast(ctx0, ids, GGML_TYPE_I32);                     // [n_expert, n]
     }
     const auto project = [&](ggml_tensor * w, ggml_tensor * w_exps) {  // [d, n_expert, n]
         if (flat) {
@@ -412,7 +486,9 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(
 }
 
 // The activation of the experts on z [d, n_expert, n]; cur [n_embd, n] is what z was projected from.
-ggml_tensor * llama_model_blockffn::graph::build_activation(const llama_layer & layer, ggml_tensor * z, ggml_tensor * cur) {
+ggml_tensor * llama_model_blockffn::graph::build_activation(const llama_layer & layer,
+                                                            ggml_tensor *       z,
+                                                            ggml_tensor *       cur) {
     const auto & bf = hparams.blockffn;
     if (layer.ffn_act_mean) {
         // mean over the projections of all experts: one dot product with the mean row
@@ -435,8 +511,11 @@ ggml_tensor * llama_model_blockffn::graph::build_activation(const llama_layer & 
 }
 
 // Dense or shared FFN: down(act(gate x) * up x), or down(act(up x)) where there is no gate.
-ggml_tensor * llama_model_blockffn::graph::build_plain_ffn(
-        ggml_tensor * up, ggml_tensor * gate, ggml_tensor * down, ggml_tensor * cur, int il) {
+ggml_tensor * llama_model_blockffn::graph::build_plain_ffn(ggml_tensor * up,
+                                                           ggml_tensor * gate,
+                                                           ggml_tensor * down,
+                                                           ggml_tensor * cur,
+                                                           int           il) {
     const auto act = [&](ggml_tensor * z) {
         switch (hparams.blockffn.dense_act) {
             case BLOCKFFN_ACTIVATION_RELU:

@@ -30,11 +30,22 @@ struct llama_model_blockffn::graph : public llm_graph_context {
         ggml_tensor * active;  // [n_expert, n_tokens], nonzero where the expert is active
     };
 
-    ggml_tensor * build_mla(const llama_layer & layer, llm_graph_input_attn_k * inp, ggml_tensor * cur, ggml_tensor * pos, int il);
-    ggml_tensor * build_gqa(const llama_layer & layer, llm_graph_input_attn_kv * inp, ggml_tensor * cur, ggml_tensor * pos, int il);
+    ggml_tensor * build_mla(const llama_layer &      layer,
+                            llm_graph_input_attn_k * inp,
+                            ggml_tensor *            cur,
+                            ggml_tensor *            pos,
+                            int                      il);
+    ggml_tensor * build_gqa(const llama_layer &       layer,
+                            llm_graph_input_attn_kv * inp,
+                            ggml_tensor *             cur,
+                            ggml_tensor *             pos,
+                            int                       il);
     ggml_tensor * build_ffn_block(const llama_layer & layer, ggml_tensor * cur, int il);
 
-    routing       build_router(const llama_layer & layer, ggml_tensor * cur, int il);
+    bool          runs_union_op(const llama_layer & layer, ggml_tensor * cur);
+    routing       build_router(const llama_layer & layer, ggml_tensor * cur, bool sparse, int il);
+    routing       build_router_dense(const llama_layer & layer, ggml_tensor * logits);
+    ggml_tensor * build_union(const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores);
     ggml_tensor * build_experts_dense(const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores, int il);
     ggml_tensor * build_activation(const llama_layer & layer, ggml_tensor * z, ggml_tensor * cur);
     ggml_tensor * build_plain_ffn(ggml_tensor * up, ggml_tensor * gate, ggml_tensor * down, ggml_tensor * cur, int il);

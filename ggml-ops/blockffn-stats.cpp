@@ -35,8 +35,11 @@ void blockffn_stats_collector::collect(const llm_graph_result & res, const llama
     }
 }
 
-void blockffn_stats_collector::collect_layer(
-        size_t i_layer, const float * scores, int64_t n_expert, int64_t n_rows, const llama_ubatch & ubatch) {
+void blockffn_stats_collector::collect_layer(size_t               i_layer,
+                                             const float *        scores,
+                                             int64_t              n_expert,
+                                             int64_t              n_rows,
+                                             const llama_ubatch & ubatch) {
     if (n_rows == 0) {
         return;
     }

@@ -21,15 +21,18 @@ LLAMA_API bool blockffn_active_experts(struct llama_context * ctx, int32_t i_lay
 // Sums over all evaluations (micro-batches) since blockffn_stats_reset, one entry per MoE layer; a NULL is skipped.
 //   n_evals: evaluations; n_rows: tokens in them; n_pairs: active (token, expert) pairs; n_union: experts needed by
 //   at least one token of the evaluation
-LLAMA_API void blockffn_stats(
-        struct llama_context * ctx, int64_t * n_evals, int64_t * n_rows, int64_t * n_pairs, int64_t * n_union);
+LLAMA_API void blockffn_stats(struct llama_context * ctx,
+                              int64_t *              n_evals,
+                              int64_t *              n_rows,
+                              int64_t *              n_pairs,
+                              int64_t *              n_union);
 LLAMA_API void blockffn_stats_reset(struct llama_context * ctx);
 
 #ifdef __cplusplus
 }
 
-#include <cstdint>
-#include <vector>
+#    include <cstdint>
+#    include <vector>
 
 struct llama_ubatch;
 class llm_graph_result;
@@ -62,7 +65,11 @@ class blockffn_stats_collector {
         std::vector<uint8_t> rows;    // [n_rows, n_expert]
     };
 
-    void collect_layer(size_t i_layer, const float * scores, int64_t n_expert, int64_t n_rows, const llama_ubatch & ubatch);
+    void collect_layer(size_t               i_layer,
+                       const float *        scores,
+                       int64_t              n_expert,
+                       int64_t              n_rows,
+                       const llama_ubatch & ubatch);
 
     int64_t                           n_batch = 0;
     std::vector<layer_rows>           last;
