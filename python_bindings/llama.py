@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,8 @@ library.load()
 import llama_cpp  # noqa: E402  only after `load`
 
 from blockffn.pieces import PieceTokenizer  # noqa: E402
-
-if TYPE_CHECKING:
-    from blockffn.speculative import Drafter
+from blockffn.speculative.drafter import Drafter  # noqa: E402
+from blockffn.speculative.generate import Speculative  # noqa: E402
 
 DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
 FFN_KINDS = ("union", "dense")
@@ -75,12 +74,12 @@ class UnionStats:
         return float((part / (times * self.n_experts)).mean())
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Speculative, llama_cpp.Llama):
     """llama_cpp.Llama with the router's choices, memory-bounded evaluation and working speculative decoding.
 
     Beyond the arguments of llama_cpp.Llama:
-    drafter: proposes tokens that are verified in one batch (NGramDrafter, ModelDrafter, EagleDrafter); `generate` and
-        everything built on it use it, and results carry ``out["speculation"]``.
+    drafter: proposes tokens that are verified in one batch (NGramDrafter, ModelDrafter, EagleDrafter); results carry
+        ``out["speculation"]``. One that needs the model (EagleDrafter) is set later, with `set_up_speculation`.
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
     n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
@@ -89,7 +88,6 @@ class Llama(llama_cpp.Llama):
     """
 
     _evaluator: Evaluator | None = None
-    drafter: Drafter | None = None
 
     def __init__(
         self,
@@ -128,9 +126,8 @@ class Llama(llama_cpp.Llama):
                 raise BlockffnError(f"{model_path}: {logs.reason(lines) or error}") from error
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = PieceTokenizer(self)
-        self.exact = exact
         self.ffn = ffn
-        self.drafter = drafter
+        self.set_up_speculation(drafter, exact)
 
     def close(self) -> None:
         """Free the model and everything that was made from it."""
@@ -169,7 +166,8 @@ class Llama(llama_cpp.Llama):
         _capi.function("blockffn_stats")(self.ctx, *pointers)
         if reset:
             _capi.function("blockffn_stats_reset")(self.ctx)
-        return UnionStats(*arrays, self.n_experts)  # type: ignore[arg-type]
+        evaluations, n_tokens, active_pairs, union_size = arrays
+        return UnionStats(evaluations, n_tokens, active_pairs, union_size, self.n_experts)
 
     def apply_adapters(self, ctx: Any) -> None:
         """Give another context of this model the LoRA adapter that the conversation has."""
@@ -177,34 +175,6 @@ class Llama(llama_cpp.Llama):
             return
         adapters = (ctypes.c_void_p * 1)(self._lora_adapter)
         llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale))
-
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Yield tokens as llama_cpp.Llama.generate does; with a drafter, through the draft and verify loop."""
-        if self.drafter is None:
-            return super().generate(tokens, *args, **kwargs)
-        from blockffn.speculative.generate import generate
-
-        return generate(self, tokens, *args, **kwargs)
-
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """Complete a prompt as llama_cpp.Llama does; with a drafter the result (last chunk) carries "speculation"."""
-        result = super().create_completion(*args, **kwargs)
-        if self.drafter is None:
-            return result
-        if isinstance(result, dict):
-            return {**result, "speculation": self.speculation()}
-        return self._with_speculation(result)
-
-    def speculation(self) -> dict[str, Any]:
-        """Return the statistics of the last generation with a drafter: drafted, accepted, steps, union sizes."""
-        from blockffn.speculative.generate import statistics
-
-        return statistics(self)
-
-    def _with_speculation(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        for chunk in chunks:
-            done = chunk["choices"][0]["finish_reason"] is not None
-            yield {**chunk, "speculation": self.speculation()} if done else chunk
 
     def _evaluation(self) -> Evaluator:
         if self._evaluator is None:

@@ -60,7 +60,7 @@ def open_model(args: argparse.Namespace) -> Llama:
         verbose=args.verbose,
     )
     if args.draft is not None:
-        llm.drafter = open_drafter(args.draft, args.tree, llm)
+        llm.set_up_speculation(open_drafter(args.draft, args.tree, llm), args.exact)
     return llm
 
 

@@ -176,13 +176,13 @@ def _union_counter(llm: Any) -> Callable[[], float] | None:
         return None
     from blockffn import _capi
 
-    read, ctx = _capi.function("blockffn_get_union_stats"), llm._ctx.ctx
-    arrays = [np.zeros(layers, dtype=np.int64) for _ in range(3)]
+    read, ctx = _capi.function("blockffn_stats"), llm._ctx.ctx
+    arrays = [np.zeros(layers, dtype=np.int64) for _ in range(4)]  # evaluations, tokens, pairs, union
     pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
 
     def count() -> float:
         read(ctx, *pointers)
-        return float(arrays[1].sum()) / layers
+        return float(arrays[3].sum()) / layers
 
     return count
 
