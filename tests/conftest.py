@@ -1,0 +1,48 @@
+"""Models and helpers that several test modules share. Everything is tiny, random and made on the spot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Runner = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def stock_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of the stock llama architecture, float32: no experts."""
+    from tiny_llama import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("stock") / "llama.gguf")
+
+
+@pytest.fixture(scope="session")
+def blockffn_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BlockFFN model, float32, MLA, 2 layers of 7 experts x 32, context 256, from the converter."""
+    from checkpoints import write_checkpoint
+
+    import blockffn
+
+    folder = tmp_path_factory.mktemp("blockffn")
+    source = write_checkpoint(folder / "source", n_embd=256, n_head=2, n_layer=2)
+    target = folder / "model.gguf"
+    blockffn.convert.convert_checkpoint(source, target, outtype="f32")
+    return target
+
+
+@pytest.fixture(scope="session")
+def blockffn_cli() -> Runner:
+    """Run `blockffn ARGUMENTS` in a process of its own and return what it printed."""
+
+    def run(*arguments: str | Path, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "blockffn.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)  # type: ignore[call-overload]
+
+    return run
