@@ -1,0 +1,141 @@
+"""One checkpoint -> one GGUF (or a split one): read, check, plan, write.
+
+report = convert_checkpoint("BlockFFN-XLarge", "xlarge.gguf", outtype="f16")
+report.files, report.notes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from gguf import Keys
+from gguf.utility import size_label
+
+from blockffn.convert import writer
+from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
+from blockffn.convert.config import read_config
+from blockffn.convert.fields import suggest
+from blockffn.convert.metadata import SOURCE_SHA256, model_metadata, read_overrides
+from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.plan import OUTTYPES, PlannedTensor, choose_outtype, plan_tensors
+from blockffn.convert.report import ConvertReport
+from blockffn.convert.tensor_map import map_tensors
+from blockffn.convert.vocab import TOKENIZER_FILES, read_vocab
+from blockffn.errors import BlockffnError
+from blockffn.gguf_contract import EXPERT_LAYOUTS
+
+
+def convert_checkpoint(
+    src: str | PathLike[str],
+    outfile: str | PathLike[str],
+    *,
+    outtype: str = "auto",
+    layout: str = "expert",
+    dry_run: bool = False,
+    split_max_size: int = 0,
+    metadata: str | PathLike[str] | None = None,
+    vocab_only: bool = False,
+) -> ConvertReport:
+    """Convert a checkpoint folder or hub id to `outfile` and report what was done.
+
+    outtype: f32, f16, bf16, q8_0, or auto (as most weights are stored). layout: ``expert`` (three-dimensional, contiguous
+    per expert) or ``dense`` (two-dimensional, the dense baseline of the same weights). split_max_size: bytes per file, 0
+    for one file; split files are named ``model-00001-of-00003.gguf``. metadata: JSON file of general.* keys to add.
+    Raises BlockffnError, and leaves no file, for anything unclear.
+    """
+    started = time.monotonic()
+    target = Path(outfile)
+    _check_choices(outtype, layout, split_max_size)
+    overrides = read_overrides(Path(metadata) if metadata else None)
+    checkpoint = open_checkpoint(str(src))
+    config = read_config(checkpoint)
+    sources = map_tensors(checkpoint, config)
+    vocab = read_vocab(checkpoint, config)
+    kind = choose_outtype(outtype, checkpoint)
+    plan = plan_tensors(checkpoint, config, sources, kind, layout)
+    values = model_metadata(config, layout, kind) | _origin(checkpoint, config, plan) | overrides
+    report = ConvertReport(
+        source=str(src),
+        name=config.name,
+        family=config.family,
+        outtype=kind,
+        layout=layout,
+        files=[target],
+        tensors=[] if vocab_only else plan,
+        n_tokens=len(vocab.tokens),
+        notes=checkpoint.notes,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        writer.check_target(target, report.n_bytes)
+        return report
+    with _Digest(checkpoint) as digest:
+        report.files = writer.write_gguf(
+            target,
+            values | vocab.metadata(),
+            report.tensors,
+            split_max_size=split_max_size,
+            digest=digest.result,
+        )
+        report.sha256 = digest.result()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _check_choices(outtype: str, layout: str, split_max_size: int) -> None:
+    for option, value, known in (("outtype", outtype, OUTTYPES), ("layout", layout, EXPERT_LAYOUTS)):
+        if value not in known:
+            raise BlockffnError(
+                f"--{option}: expected one of {', '.join(known)}, found {value!r}{suggest(value, known)}; choose one of them"
+            )
+    if split_max_size < 0:
+        raise BlockffnError(f"--split-max-size: expected a positive size, found {split_max_size}; for example 2G")
+
+
+def _origin(checkpoint: Checkpoint, config: ModelConfig, plan: list[PlannedTensor]) -> dict[str, Any]:
+    total = sum(tensor.n_elements for tensor in plan)
+    values: dict[str, Any] = {Keys.General.SIZE_LABEL: size_label(total, total, 0, 0), SOURCE_SHA256: writer.PENDING}
+    if not Path(checkpoint.source).exists():
+        values["general.source.huggingface.repository"] = checkpoint.source
+    return values
+
+
+class _Digest:
+    """SHA-256 over the lines that `sha256sum` prints for the source files, computed beside the conversion."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        extra = [checkpoint.folder / name for name in ("config.json", *TOKENIZER_FILES)]
+        self.files = sorted(
+            {*checkpoint.files, *(file for file in extra if file.is_file())}, key=lambda file: file.name
+        )
+        self.stop = False
+
+    def __enter__(self) -> _Digest:
+        self.pool = ThreadPoolExecutor(1)
+        self.future: Future[str] = self.pool.submit(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop = True
+        self.pool.shutdown()
+
+    @property
+    def result(self) -> Callable[[], str]:
+        """Wait for the digest and return it as 64 hexadecimal digits."""
+        return self.future.result
+
+    def _run(self) -> str:
+        lines = hashlib.sha256()
+        for file in self.files:
+            one = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while (piece := stream.read(1 << 20)) and not self.stop:
+                    one.update(piece)
+            lines.update(f"{one.hexdigest()}  {file.name}\n".encode())
+        return lines.hexdigest()

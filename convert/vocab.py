@@ -1,0 +1,277 @@
+"""Tokenizer files of a checkpoint -> the tokenizer keys of the GGUF.
+
+    vocab = read_vocab(checkpoint, config)
+    vocab.values["tokenizer.ggml.model"], len(vocab.tokens)    # ('llama', 122753)
+
+tokenizer.model (SentencePiece) is preferred; a folder that has only tokenizer.json is read by `tokenizer_json`. Added
+tokens come from added_tokens.json, tokenizer.json and tokenizer_config.json; rows of the embedding beyond the tokenizer
+become unused padding tokens, and fewer rows than tokens are an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf import Keys
+
+from blockffn.convert.checkpoint import Checkpoint, read_json
+from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, read_sentencepiece
+from blockffn.convert.tokenizer_json import read_tokenizer_json
+from blockffn.errors import BlockffnError
+
+UNLIKELY = -1000.0  # score of tokens that the merging algorithm never makes
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass
+class Vocab:
+    """The vocabulary in GGUF terms; `values` holds everything but the three big arrays."""
+
+    kind: str  # tokenizer.ggml.model: llama, t5 or gpt2
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return all tokenizer keys."""
+        arrays: dict[str, Any] = {Keys.Tokenizer.LIST: self.tokens, Keys.Tokenizer.TOKEN_TYPE: self.types}
+        if self.kind != "gpt2":
+            arrays[Keys.Tokenizer.SCORES] = self.scores
+        return {Keys.Tokenizer.MODEL: self.kind, **arrays, **self.values}
+
+
+def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
+    """Read the tokenizer of a checkpoint folder and fit it to the embedding's rows."""
+    folder = checkpoint.folder
+    if (folder / "tokenizer.model").is_file():
+        vocab = _from_sentencepiece(checkpoint)
+    elif (folder / "tokenizer.json").is_file():
+        vocab = Vocab(*read_tokenizer_json(folder / "tokenizer.json"))
+    else:
+        raise BlockffnError(
+            f"{folder}: no tokenizer found: expected tokenizer.model or tokenizer.json; copy it from the published model"
+        )
+    settings = _optional_json(folder / "tokenizer_config.json")
+    added = _added_tokens(folder, settings)
+    _place_added(checkpoint, vocab, added)
+    _pad(vocab, config.n_vocab, folder)
+    _check_unique(vocab)
+    _special_ids(checkpoint, config, vocab, settings)
+    vocab.values[Keys.Tokenizer.ADD_BOS] = _flag(settings, "add_bos_token", vocab.kind == "llama")
+    vocab.values[Keys.Tokenizer.ADD_EOS] = _flag(settings, "add_eos_token", False)
+    if vocab.kind != "gpt2":
+        prefix = bool(vocab.values.get(Keys.Tokenizer.ADD_PREFIX, True))
+        vocab.values[Keys.Tokenizer.ADD_PREFIX] = _flag(settings, "add_prefix_space", prefix)
+    vocab.values |= _chat_templates(folder, settings)
+    return vocab
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    values = read_json(path, "")
+    if not isinstance(values, dict):
+        raise BlockffnError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _flag(settings: dict[str, Any], key: str, default: bool) -> bool:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise BlockffnError(f"tokenizer_config.json: {key}: expected true or false, found {value!r}; correct the file")
+    return value
+
+
+def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
+    model = read_sentencepiece(checkpoint.folder / "tokenizer.model")
+    if model.kind not in ("bpe", "unigram"):
+        raise BlockffnError(
+            f"tokenizer.model: expected a SentencePiece model of type bpe or unigram, found {model.kind}; llama.cpp cannot "
+            "run this one"
+        )
+    spaced = [
+        piece.text.replace("\u2581", " ") if piece.type == USER_DEFINED else piece.text for piece in model.pieces
+    ]  # llama.cpp looks for user-defined tokens in the raw text, before spaces are escaped
+    scores, types = [piece.score for piece in model.pieces], [piece.type for piece in model.pieces]
+    values: dict[str, Any] = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: model.add_dummy_prefix}
+    has_bytes = BYTE in types
+    if model.kind == "unigram":
+        values[Keys.Tokenizer.REMOVE_EXTRA_WS] = model.remove_extra_whitespaces
+        if model.charsmap:
+            values[Keys.Tokenizer.PRECOMPILED_CHARSMAP] = model.charsmap
+        if has_bytes:
+            checkpoint.note(
+                "WARNING: tokenizer.model is a unigram model with byte fallback; llama.cpp's unigram tokenizer has no byte "
+                "fallback, so characters outside the vocabulary become the unknown token"
+            )
+        return Vocab("t5", spaced, scores, types, values)
+    if not has_bytes:
+        raise BlockffnError(
+            "tokenizer.model: expected byte pieces <0x00> to <0xFF>, found none; llama.cpp needs them for characters outside "
+            "the vocabulary: train the tokenizer with byte_fallback"
+        )
+    if model.charsmap or model.remove_extra_whitespaces:
+        checkpoint.note(
+            "WARNING: tokenizer.model normalizes its input (or removes extra spaces), which llama.cpp does not do for this "
+            "kind of tokenizer: token ids differ on texts that normalization changes"
+        )
+    return Vocab("llama", spaced, scores, types, values)
+
+
+def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, tuple[str, bool]]:
+    """Return id -> (text, special) of the tokens that were added to the model's own vocabulary."""
+    found: dict[int, tuple[str, bool]] = {}
+    for text, index in _optional_json(folder / "added_tokens.json").items():
+        found[_token_id("added_tokens.json", text, index)] = (text, _looks_special(text))
+    listed = _optional_json(folder / "tokenizer.json").get("added_tokens") or []
+    for entry in listed:
+        found[_token_id("tokenizer.json", entry["content"], entry["id"])] = (
+            entry["content"],
+            bool(entry.get("special")),
+        )
+    for index, entry in (settings.get("added_tokens_decoder") or {}).items():
+        number = int(index) if str(index).isdigit() else index
+        found[_token_id("tokenizer_config.json", entry["content"], number)] = (
+            entry["content"],
+            bool(entry.get("special")) or _looks_special(entry["content"]),
+        )
+    return found
+
+
+def _token_id(file: str, text: str, index: Any) -> int:
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise BlockffnError(f"{file}: added token {text!r}: expected a token id, found {index!r}; correct the file")
+    return index
+
+
+def _looks_special(text: str) -> bool:
+    """Chat marks such as <|im_end|> are control tokens even where a file forgets to say so."""
+    return text.startswith("<|") and text.endswith("|>")
+
+
+def _place_added(checkpoint: Checkpoint, vocab: Vocab, added: dict[int, tuple[str, bool]]) -> None:
+    highest = max(added, default=-1)
+    if highest >= len(vocab.tokens) + 100_000:
+        raise BlockffnError(
+            f"{checkpoint.folder}: added token {added[highest][0]!r}: expected an id near {len(vocab.tokens)}, found {highest}"
+        )
+    for index in range(len(vocab.tokens), highest + 1):
+        vocab.tokens.append(f"[PAD{index}]")
+        vocab.scores.append(UNLIKELY)
+        vocab.types.append(UNUSED)
+    for index, (text, special) in sorted(added.items()):
+        kind = vocab.types[index]
+        same = vocab.tokens[index] == text
+        if not same and kind != UNUSED:
+            checkpoint.note(f"token {index}: {vocab.tokens[index]!r} is replaced by the added token {text!r}")
+        if same and kind not in (NORMAL, USER_DEFINED, UNUSED):
+            continue  # <s>, </s>, <unk>: the model itself says what they are
+        vocab.tokens[index] = text
+        vocab.types[index] = CONTROL if special else USER_DEFINED
+        vocab.scores[index] = vocab.scores[index] if same else UNLIKELY
+
+
+def _pad(vocab: Vocab, rows: int, folder: Path) -> None:
+    if len(vocab.tokens) > rows:
+        raise BlockffnError(
+            f"{folder}: tokenizer: expected at most {rows} tokens, as the embedding has {rows} rows, found "
+            f"{len(vocab.tokens)}; the tokenizer belongs to another model"
+        )
+    taken = set(vocab.tokens)
+    for index in range(len(vocab.tokens), rows):
+        text = f"[PAD{index}]"
+        while text in taken:
+            text = f"[{text}]"
+        vocab.tokens.append(text)
+        vocab.scores.append(UNLIKELY)
+        vocab.types.append(UNUSED)
+
+
+def _check_unique(vocab: Vocab) -> None:
+    seen: dict[str, int] = {}
+    for index, text in enumerate(vocab.tokens):
+        if text in seen:
+            raise BlockffnError(
+                f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for llama.cpp refuses "
+                "the file; correct the tokenizer files"
+            )
+        seen[text] = index
+
+
+def _special_ids(checkpoint: Checkpoint, config: ModelConfig, vocab: Vocab, settings: dict[str, Any]) -> None:
+    """Write bos, eos, end-of-turn, padding and unknown ids; all ids that end a text must be among them."""
+    by_text = {text: index for index, text in enumerate(vocab.tokens)}
+    generation = _optional_json(checkpoint.folder / "generation_config.json")
+    more = generation.get("eos_token_id")
+    eos = list(config.eos_ids) + (more if isinstance(more, list) else [more] if isinstance(more, int) else [])
+    named = {key: _named(settings, key, by_text) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    if named["eos_token"] is not None:
+        eos.insert(0, named["eos_token"])
+    eos = list(dict.fromkeys(eos or [index for index in (by_text.get("</s>"),) if index is not None]))
+    bos = named["bos_token"] if named["bos_token"] is not None else config.bos_id
+    bos = bos if bos is not None else by_text.get("<s>")
+    unknown = named["unk_token"] if named["unk_token"] is not None else by_text.get("<unk>")
+    pad = config.pad_id if config.pad_id is not None else named["pad_token"]
+    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    pairs = [(Keys.Tokenizer.BOS_ID, bos), *zip(keys, eos, strict=False), (Keys.Tokenizer.PAD_ID, pad)]
+    for key, index in [*pairs, (Keys.Tokenizer.UNK_ID, unknown)]:
+        if index is None:
+            continue
+        if not 0 <= index < len(vocab.tokens):
+            name = key.removeprefix("tokenizer.ggml.")
+            raise BlockffnError(
+                f"config.json: {name}: expected an id below {len(vocab.tokens)}, found {index}; correct it"
+            )
+        vocab.values[key] = index
+    if len(eos) > len(keys):
+        checkpoint.note(f"only the first three end-of-text ids fit a GGUF: {eos[:3]} of {eos}")
+    if not eos:
+        checkpoint.note("WARNING: no end-of-text token found; generation ends at the token limit only")
+
+
+def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int | None:
+    value = settings.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        return None
+    if text not in by_text:
+        raise BlockffnError(
+            f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {text!r}; correct the file"
+        )
+    return by_text[text]
+
+
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the chat template keys: chat_template.jinja wins over chat_template.json and tokenizer_config.json."""
+    template: Any = settings.get("chat_template")
+    if (folder / "chat_template.json").is_file():
+        template = _optional_json(folder / "chat_template.json").get("chat_template", template)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {Keys.Tokenizer.CHAT_TEMPLATE: template}
+    if not isinstance(template, list) or not all(isinstance(item, dict) and "template" in item for item in template):
+        raise BlockffnError("tokenizer_config.json: chat_template: expected a string or a list of named templates")
+    named = {
+        "".join(c if c.isascii() and c.isalnum() else "_" for c in item["name"]): item["template"] for item in template
+    }
+    values = {
+        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name != "default"
+    }
+    result: dict[str, Any] = (
+        {Keys.Tokenizer.CHAT_TEMPLATES: sorted(set(named) - {"default"}), **values} if values else {}
+    )
+    if "default" in named:
+        result[Keys.Tokenizer.CHAT_TEMPLATE] = named["default"]
+    return result
