@@ -363,7 +363,7 @@ class ReferenceModel:
     @classmethod
     def from_checkpoint(cls, src: str | PathLike[str], dtype: torch.dtype = torch.float32) -> ReferenceModel:
         """Read a checkpoint of any layout that the converter reads. Raises BlockffnError as the converter does."""
-        from blockffn.convert.checkpoint import load_canonical
+        from blockffn.convert.tensor_map import load_canonical
 
         config, tensors = load_canonical(src)
         return cls(config, tensors, dtype)
