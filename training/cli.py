@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockffn.errors import BlockffnError
+
+if TYPE_CHECKING:
+    from blockffn.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +39,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     figures = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.evaluate()}
     if args.export is not None:
-        from blockffn.training.export import export_checkpoint
-
-        export_checkpoint(args.export, trainer.decoder, trainer.corpus.tokenizer)
+        export(trainer, args.export)
     from blockffn.training.plots import plot_curve
 
     plot_curve({trainer.config.model.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
     print(json.dumps(figures) if args.json else summary(figures))
     return 0
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Write the trained weights as a checkpoint folder that ``blockffn convert`` reads."""
+    from blockffn.training.export import export_checkpoint
+
+    export_checkpoint(folder, trainer.decoder, trainer.corpus.tokenizer)
 
 
 def summary(figures: dict[str, object]) -> str:

@@ -231,6 +231,7 @@ def _check_values(path: Path, config: TrainConfig) -> None:
             f"{path}: [optimizer] batch_sequences {o.batch_sequences} is no multiple of micro_sequences "
             f"{o.micro_sequences}; every forward pass takes as many sequences"
         )
+    check_exportable(path, config.model)
     if o.warmup_steps + o.decay_steps > o.steps:
         raise BlockffnError(
             f"{path}: [optimizer] warmup_steps {o.warmup_steps} and decay_steps {o.decay_steps} exceed steps {o.steps}"
@@ -240,6 +241,19 @@ def _check_values(path: Path, config: TrainConfig) -> None:
         raise BlockffnError(f"{path}: [objective] acts on routers, but family {config.model.family} has none; remove it")
     if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
         raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
+
+
+def check_exportable(path: Path, model: ModelConfig) -> None:
+    """Raise BlockffnError, before hours of training, when no published checkpoint layout can hold this model."""
+    moe = model.moe
+    scaled = (model.embedding_scale, model.residual_scale, model.logit_scale) != (1.0, 1.0, 1.0)
+    if model.family == "deco" and (model.mla or scaled):
+        raise BlockffnError(f"{path}: [model] family deco: expected plain attention and no scales; remove q_lora_rank, scale_*, dim_*")
+    if model.family == "blockffn" and moe is not None:
+        if moe.shared_dim or any(model.dense_dim) or moe.bias_method != "none":
+            raise BlockffnError(f"{path}: [model] family blockffn: shared expert, dense layers and expert bias need family deco")
+        if moe.activation.startswith("norm_"):
+            raise BlockffnError(f"{path}: [model] family blockffn: expert_activation {moe.activation!r} needs family deco")
 
 
 def _check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:

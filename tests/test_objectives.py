@@ -1,0 +1,153 @@
+"""The router objectives against loops that spell the formulas out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from blockffn.training import objectives
+
+
+def case(b=2, t=13, e=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    r = torch.randn(b, t, e, generator=generator, dtype=torch.float64)
+    documents = torch.zeros(b, t, dtype=torch.int64)
+    documents[0, 5:] = 1
+    documents[0, 10:] = -1  # padding
+    documents[1, 1:] = 3
+    return r, documents
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("beta", [1.0, 5.0])
+def test_activation_locality(beta):
+    r, documents = case()
+    terms = []
+    for b in range(2):
+        for t in range(12):
+            if documents[b, t] != documents[b, t + 1] or documents[b, t] < 0:
+                continue
+            for e in range(7):
+                p, q = sigmoid(beta * float(r[b, t, e])), sigmoid(beta * float(r[b, t + 1, e]))
+                terms.append(-(q * math.log(p) + (1 - q) * math.log(1 - p)))
+    assert float(objectives.activation_locality(r, documents, beta)) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+
+
+def test_activation_locality_without_pairs_is_zero():
+    r, _ = case(t=3)
+    assert float(objectives.activation_locality(r, torch.arange(3).expand(2, 3))) == 0.0
+    assert float(objectives.activation_locality(r[:, :1], torch.zeros(2, 1))) == 0.0
+
+
+def test_activation_locality_gradient_runs_through_both_sides():
+    r = torch.tensor([[[0.3], [-0.2]]], dtype=torch.float64, requires_grad=True)
+    objectives.activation_locality(r, torch.zeros(1, 2, dtype=torch.int64), 2.0).backward()
+    x, y = 2.0 * 0.3, 2.0 * -0.2
+    slope = sigmoid(y) * (1 - sigmoid(y))
+    assert r.grad.flatten().tolist() == pytest.approx([2 * (sigmoid(x) - sigmoid(y)), -2 * slope * x], rel=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 64])
+def test_chunk_sparsification(chunk):
+    r, documents = case()
+    a = r.relu()
+    unused = []
+    for b in range(2):
+        for start in range(0, 13, chunk):
+            members = [t for t in range(start, min(start + chunk, 13)) if documents[b, t] >= 0]
+            for e in range(7):
+                shares = [float(a[b, t, e]) / (float(a[b, t].sum()) + 1e-5) for t in members]
+                if members:
+                    unused.append(math.exp(sum(math.log(1 - p + 1e-5) for p in shares)))
+    expected = 1 - sum(unused) / len(unused)
+    assert float(objectives.chunk_sparsification(a, documents, chunk)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_chunk_sparsification_counts_experts_of_one_hot_routing():
+    a = torch.zeros(1, 64, 4, dtype=torch.float64)
+    a[0, :, 0], a[0, 3, :2] = 1.0, torch.tensor([0.0, 1.0])  # experts 0 and 1 of 4 are used
+    value = float(objectives.chunk_sparsification(a, torch.zeros(1, 64, dtype=torch.int64)))
+    assert value == pytest.approx(0.5, abs=1e-3)
+
+
+def test_router_entropy():
+    r, documents = case()
+    a, terms = r.relu(), []
+    for b in range(2):
+        for t in range(13):
+            if documents[b, t] >= 0:
+                shares = [float(a[b, t, e]) / (float(a[b, t].sum()) + 1e-5) for e in range(7)]
+                terms.append(-sum(p * math.log(p + 1e-5) for p in shares))
+    assert float(objectives.router_entropy(a, documents)) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+
+
+def test_gradients_are_finite_without_active_experts():
+    r = torch.full((1, 5, 3), -1.0, requires_grad=True)
+    documents = torch.zeros(1, 5, dtype=torch.int64)
+    loss = objectives.chunk_sparsification(r.relu(), documents, 2) + objectives.router_entropy(r.relu(), documents)
+    loss.backward()
+    assert torch.isfinite(r.grad).all()
+
+
+def test_adaptive_factor_follows_the_loss():
+    factor = objectives.AdaptiveFactor(0.1, warmup=4, stable=20, window=10, min_ratio=1.025, max_factor=4.0)
+    values = []
+    for step in range(80):
+        values.append(factor.value())
+        # halves after step 30, then rises by a hair, then tenfold
+        factor.update(1.0 if step < 20 else 0.5 if step < 30 else 0.501 if step < 40 else 5.01)
+    assert values[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert values[4:30] == pytest.approx([0.1] * 26)  # the first whole window behind `stable` is only measured
+    assert values[30:40] == pytest.approx([0.1 - 0.005 * (i + 1) for i in range(10)])  # towards 0.5 times
+    assert values[49] == pytest.approx(0.05 * 1.025)  # 1.002 is raised to 1.025
+    assert values[59] == pytest.approx(0.4)  # tenfold is cut at 4 times the start
+    assert values[79] == pytest.approx(0.4)
+
+
+def test_adaptive_factor_goes_on_from_its_state():
+    one = objectives.AdaptiveFactor(0.1, 2, 5, 4)
+    losses = [1 / (i + 1) for i in range(40)]
+    for loss in losses[:17]:
+        one.update(loss)
+    two = objectives.AdaptiveFactor(**one.state())
+    for loss in losses[17:]:
+        one.update(loss)
+        two.update(loss)
+        assert one.value() == two.value()
+
+
+def test_entropy_controller():
+    controller = objectives.EntropyController(1e-8, 2.0, 0.2)
+    for ratio, expected in ((0.5, 2e-8), (0.21, 4e-8), (0.2, 2e-8), (0.1, 1e-8), (0.1, 1e-8), (0.9, 2e-8)):
+        controller.update(ratio)
+        assert controller.value() == pytest.approx(expected)
+
+
+def test_expert_bias_moves_against_the_load():
+    active = torch.tensor([[[True, False, True], [True, False, False], [True, True, True]]])
+    documents = torch.tensor([[0, 0, -1]])
+    bias = torch.zeros(3)
+    objectives.update_expert_bias(bias, active, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
+    assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.0])
+
+
+@pytest.mark.parametrize("t,chunk", [(8, 2), (9, 4), (8, 8)])
+def test_sparsity_against_loops(t, chunk):
+    active = torch.rand(3, t, 7, generator=torch.Generator().manual_seed(t)) < 0.2
+    shares = []
+    for b in range(3):
+        for start in range(0, t - chunk + 1, chunk):
+            used = {e for e in range(7) for i in range(chunk) if active[b, start + i, e]}
+            shares.append(len(used) / 7)
+    assert objectives.chunk_sparsity(active, chunk) == pytest.approx(1 - sum(shares) / len(shares), abs=1e-6)
+    assert objectives.token_sparsity(active) == pytest.approx(1 - int(active.sum()) / active.numel(), abs=1e-6)
+
+
+def test_sparsity_report_leaves_out_chunks_that_do_not_fit():
+    report = objectives.sparsity_report([torch.ones(1, 9, 2, dtype=torch.bool), torch.zeros(1, 9, 2, dtype=torch.bool)])
+    assert report == {"tls": [0.0, 1.0], "cls_2": [0.0, 1.0], "cls_4": [0.0, 1.0], "cls_8": [0.0, 1.0]}

@@ -1,0 +1,272 @@
+"""The trainer on a tiny model: it learns, resumes to the bit, survives signals, exports what the converter reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blockffn.errors import BlockffnError
+from blockffn.training import cli, corpus
+from blockffn.training.config import OptimizerConfig, read_config
+from blockffn.training.optim import orthogonalise, wsd
+from blockffn.training.reference import ReferenceModel
+from blockffn.training.trainer import Trainer, Windows
+
+BLOCKFFN = """
+[run]
+out = "OUT"
+seed = 5
+threads = 1
+log_every = 2
+eval_every = 4
+eval_sequences = 2
+save_every = 4
+[corpus]
+vocab_size = 320
+[model]
+name = "test"
+family = "blockffn"
+hidden_size = 16
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 2
+max_position_embeddings = 64
+tie_word_embeddings = true
+num_experts = 7
+dim_expert = 4
+q_lora_rank = 6
+kv_lora_rank = 5
+qk_nope_head_dim = 4
+qk_rope_head_dim = 2
+scale_emb = 12.0
+scale_depth = 1.4
+dim_model_base = 8
+[optimizer]
+kind = "muon"
+learning_rate = 2e-2
+steps = 12
+warmup_steps = 2
+decay_steps = 4
+sequence_length = 24
+batch_sequences = 4
+micro_sequences = 2
+[objective]
+locality = 2e-3
+chunk = 5e-2
+chunk_size = 8
+chunk_window = 3
+"""
+DECO = (
+    BLOCKFFN.replace('family = "blockffn"', 'family = "deco"\nnum_dense_layers = 1\nintermediate_size = 12')
+    .replace("dim_expert = 4", 'dim_expert = 4\nshared_expert_size = 3\nexpert_activation = "norm_silu"\nexpert_bias = true')
+    .replace("tie_word_embeddings = true", 'tie_word_embeddings = false\nrouter_norm = "none"')
+    .replace("q_lora_rank = 6\nkv_lora_rank = 5\nqk_nope_head_dim = 4\nqk_rope_head_dim = 2\n", "")
+    .replace("scale_emb = 12.0\nscale_depth = 1.4\ndim_model_base = 8\n", "")
+    .replace('kind = "muon"', 'kind = "adamw"')
+    .replace("locality = 2e-3\nchunk = 5e-2\nchunk_size = 8\nchunk_window = 3", "entropy = 1e-3\nentropy_multiplier = 1.1\nbias_rate = 1e-3")
+)
+DENSE = (
+    BLOCKFFN.split("[objective]")[0]
+    .replace('family = "blockffn"', 'family = "vanilla"\nintermediate_size = 12')
+    .replace("num_experts = 7\ndim_expert = 4\n", "")
+)
+MODELS = {"blockffn": BLOCKFFN, "deco": DECO, "vanilla": DENSE}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    texts = [f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20 for i in range(40)]
+    folder = tmp_path_factory.mktemp("corpus")
+    model = corpus.train_tokenizer(texts, folder / "tokenizer", 320)
+    train, validation = corpus.encode_documents(model, texts[3:]), corpus.encode_documents(model, texts[:3])
+    return corpus.Corpus(train, validation, model, 1, 2, "test")
+
+
+def config_of(folder: Path, body: str = BLOCKFFN, **overrides):
+    path = folder / "train.toml"
+    path.write_text(body.replace("OUT", str(folder / "run")), encoding="utf-8")
+    return read_config(path, overrides)
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.decoder.canonical()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_falls_and_export_reads_back(tmp_path, text, kind):
+    trainer = Trainer(config_of(tmp_path, MODELS[kind]), text)
+    before = trainer.evaluate()
+    assert trainer.train()
+    after = trainer.evaluate()
+    assert after["validation"] < before["validation"] - 0.5
+    cli.export(trainer, tmp_path / "checkpoint")
+
+    model = ReferenceModel.from_checkpoint(tmp_path / "checkpoint")
+    assert model.config.family == kind
+    tokens = text.validation[:17].astype(np.int64)
+    with torch.no_grad():
+        for _, value in trainer.decoder.canonical():
+            value.copy_(value.bfloat16())
+        hidden, routers = trainer.decoder(torch.from_numpy(tokens)[None])
+        out = model.forward(torch.from_numpy(tokens))
+        torch.testing.assert_close(out.logits, trainer.decoder.logits(hidden)[0], rtol=1e-4, atol=1e-4)
+    assert len(out.active) == len(routers)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = Trainer(config_of(tmp_path / "a"), text)
+    whole.train()
+    first = Trainer(config_of(tmp_path / "b"), text)
+    first.folder.mkdir()
+    for _ in range(6):
+        first.train_step()
+    first.save()
+    second = Trainer(config_of(tmp_path / "b"), text)
+    second.train()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+    assert whole.factor.state() == second.factor.state()
+
+
+def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
+    config = config_of(tmp_path)
+    trainer = Trainer(config, text)
+    step = trainer.train_step
+
+    def interrupted():
+        if trainer.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert not trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(config, text)
+    assert resumed.train()
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert {"loss", "locality", "chunk", "active", "tokens_per_second"} <= set(rows[0])
+    assert {"validation", "tls", "cls_8"} <= set(rows[1])
+
+
+def test_micro_batches_do_not_change_the_step(tmp_path, text):
+    one = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 4}), text)
+    two = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 1}), text)
+    a, b = one.train_step(), two.train_step()
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["chunk"] == pytest.approx(b["chunk"], rel=1e-5)
+
+
+def test_bfloat16_autocast_keeps_router_in_float32(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path, run={"precision": "bfloat16"}), text)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, routers = trainer.decoder(torch.ones(1, 4, dtype=torch.int64))
+    assert routers[0].dtype == torch.float32
+    assert np.isfinite(trainer.train_step()["loss"])
+
+
+def test_refuses_foreign_and_damaged_checkpoints(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path), text)
+    trainer.folder.mkdir()
+    trainer.save()
+    with pytest.raises(BlockffnError, match="another model, corpus, seed"):
+        Trainer(config_of(tmp_path, run={"seed": 6}), text).resume()
+    Trainer(config_of(tmp_path, optimizer={"steps": 20}), text).resume()  # a longer run may go on
+    path = trainer.folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BlockffnError, match="cannot be read"):
+        trainer.resume()
+
+
+BAD = {
+    "unknown key": (("optimizer", "learning_rat", 1.0), "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    "type": (("optimizer", "steps", 1.5), r"\[optimizer\] steps: expected int, found 1.5"),
+    "bool": (("run", "seed", True), r"\[run\] seed: expected int, found True"),
+    "optimizer": (("optimizer", "kind", "sgd"), "expected one of adamw, muon"),
+    "family": (("model", "family", "gpt"), "expected one of blockffn, deco, vanilla"),
+    "precision": (("run", "precision", "fp8"), "expected one of float32, bfloat16"),
+    "heads": (("model", "num_attention_heads", 3), "no multiple of 3 heads"),
+    "batch": (("optimizer", "micro_sequences", 3), "no multiple of micro_sequences"),
+    "schedule": (("optimizer", "decay_steps", 11), "exceed steps 12"),
+    "experts": (("model", "num_experts", 0), "num_experts: expected a positive number"),
+    "rank": (("model", "kv_lora_rank", 0), "kv_lora_rank: expected a positive number"),
+    "zero": (("optimizer", "steps", 0), "steps: expected a positive number"),
+    "bias": (("objective", "bias_rate", 1e-3), "bias_rate needs expert_bias"),
+    "shared": (("model", "shared_expert_size", 4), "need family deco"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configuration(tmp_path, case):
+    (table, key, value), message = BAD[case]
+    with pytest.raises(BlockffnError, match=message):
+        config_of(tmp_path, **{table: {key: value}})
+
+
+def test_missing_key_bad_file_and_unknown_table(tmp_path):
+    with pytest.raises(BlockffnError, match=r"\[optimizer\] kind: expected a value"):
+        config_of(tmp_path, BLOCKFFN.replace('kind = "muon"\n', ""))
+    with pytest.raises(BlockffnError, match="not a TOML file"):
+        config_of(tmp_path, "[run")
+    with pytest.raises(BlockffnError, match="unknown key 'modle'; did you mean 'model'"):
+        config_of(tmp_path, BLOCKFFN + "[modle]\n")
+    with pytest.raises(BlockffnError, match="cannot be read"):
+        read_config(tmp_path / "absent.toml")
+    with pytest.raises(BlockffnError, match="but family vanilla has none"):
+        config_of(tmp_path, DENSE + "[objective]\nchunk = 0.1\n")
+
+
+def test_bad_device_and_short_corpus(tmp_path, text):
+    with pytest.raises(BlockffnError, match="expected cpu or a CUDA device"):
+        Trainer(config_of(tmp_path, run={"device": "abacus"}), text)
+    with pytest.raises(BlockffnError, match="too few for sequences"):
+        Windows(text.train[:10], 24, 0)
+
+
+def test_windows_cover_the_stream_once_per_epoch():
+    windows = Windows(np.arange(101, dtype=np.uint16), 10, seed=1)
+    starts = windows.batch(0, 10)[:, 0].tolist()
+    assert sorted(starts) == list(range(0, 100, 10)) and starts != sorted(starts)
+    assert windows.batch(10, 10)[:, 0].tolist() != starts
+    assert windows.batch(3, 2)[:, 0].tolist() == starts[3:5]
+    assert windows.batch(0, 1).shape == (1, 11)
+
+
+def test_schedule_warms_up_stays_and_decays():
+    config = OptimizerConfig("adamw", 1.0, 100, 10, 20, 8, 1, 1, final_ratio=0.01)
+    assert wsd(0, config) == pytest.approx(0.1)
+    assert {wsd(step, config) for step in range(10, 80)} == {1.0}
+    assert wsd(89, config) == pytest.approx(0.1)
+    assert wsd(99, config) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 3), (3, 4, 9)])
+def test_orthogonalise_brings_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_cli_trains_and_exports(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr("blockffn.training.trainer.prepare", lambda *_: text)
+    config_of(tmp_path)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    arguments = [str(tmp_path / "train.toml"), "--set", "optimizer.steps=6", "--export", str(tmp_path / "m"), "--json"]
+    assert cli.run(parser.parse_args(arguments)) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["steps"] == 6 and len(figures["tls"]) == 2
+    assert (tmp_path / "run/curve.png").stat().st_size > 1000
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "model.safetensors"}
+    with pytest.raises(BlockffnError, match=r"expected TABLE\.KEY=VALUE"):
+        cli.run(parser.parse_args([str(tmp_path / "train.toml"), "--set", "steps=6"]))
