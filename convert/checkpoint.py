@@ -64,7 +64,8 @@ class Checkpoint:
         if info.dtype not in DTYPES:
             known = ", ".join(sorted(DTYPES))
             raise BlockffnError(
-                f"{info.file.name}: {name}: expected one of {known}, found {info.dtype}; convert from unquantized weights"
+                f"{info.file.name}: {name}: expected one of {known}, found {info.dtype}; convert from unquantized "
+                "weights"
             )
         if info.file.suffix == ".safetensors":
             if 0 in info.shape:
@@ -139,7 +140,8 @@ def _download(repository: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise BlockffnError(
-            f"{repository}: no such folder; to fetch it from the hub, install huggingface_hub: pip install 'blockffn[hub]'"
+            f"{repository}: no such folder; to fetch it from the hub, install huggingface_hub: pip install "
+            "'blockffn[hub]'"
         ) from error
     patterns = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "*.jinja"]
     try:
@@ -190,7 +192,8 @@ def _indexed_files(folder: Path, index: Path, found: list[Path]) -> list[Path]:
     unknown = sorted({file.name for file in found} - set(listed))
     if unknown:
         raise BlockffnError(
-            f"{folder}: {', '.join(unknown)} is not listed in {index.name}; remove it, or restore the index it belongs to"
+            f"{folder}: {', '.join(unknown)} is not listed in {index.name}; remove it, or restore the index it "
+            "belongs to"
         )
     return [folder / name for name in listed]
 

@@ -13,7 +13,7 @@ from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.model_config import ModelConfig
 from blockffn.errors import BlockffnError
 
-OURS = "MiniCPMForCausalLM with ffn_type (BlockFFN, its dense twin, ReMoE), BlockFFNForCausalLM (DECO), BMTrain training files"
+OURS = "MiniCPMForCausalLM with ffn_type (BlockFFN, its dense twin, ReMoE) or BlockFFNForCausalLM (DECO)"
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -26,7 +26,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         return config_deco.read(checkpoint)
     if {"fc.weight", "input_norm1.weight"} <= set(checkpoint.tensors):
         raise BlockffnError(
-            f"{checkpoint.folder}: an EAGLE draft head, not a model; convert it with --target naming the model it drafts for"
+            f"{checkpoint.folder}: an EAGLE draft head, not a model; convert it with --target naming the model it "
+            "drafts for"
         )
     if config.get("ffn_type") is not None and name in (None, "MiniCPMForCausalLM"):
         return config_blockffn.read(checkpoint)

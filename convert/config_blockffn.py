@@ -32,7 +32,8 @@ FFN_TYPES = {"block": "blockffn", "block_linear": "blockffn", "vanilla": "vanill
 NORMS = {"rms": "rms", "sum": "sum", "none": "none"}
 KNOWN = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "attention_type", "num_attention_heads",
-    "num_key_value_heads", "qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim", "ffn_type",
+    "num_key_value_heads", "qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim",
+    "ffn_type",
     "ffn_gated", "hidden_act", "router_act", "expert_size", "num_experts", "moe_routing_strategy", "num_shared_experts",
     "norm_after_router", "norm_scale", "block_implementation", "max_position_embeddings", "rms_norm_eps",
     "tie_word_embeddings", "rope_theta", "rope_scaling", "scale_emb", "dim_model_base", "scale_depth",
@@ -183,7 +184,8 @@ def _router_norm(checkpoint: Checkpoint, fields: Fields) -> str:
     fields.asked.add("norm_scale")
     if has_weight and norm != "rms":
         raise BlockffnError(
-            f"config.json: norm_after_router: expected rms, as the checkpoint holds router_norm.weight, found {norm!r}; "
+            "config.json: norm_after_router: expected rms, as the checkpoint holds router_norm.weight, found "
+            f"{norm!r}; "
             "correct the file"
         )
     return norm
@@ -227,7 +229,8 @@ BMTRAIN_NAMES = {
     "dim_kv_lora": "kv_lora_rank", "dim_q_nope_head": "qk_nope_head_dim", "dim_q_pe_head": "qk_rope_head_dim",
     "dim_expert": "expert_size", "num_expert": "num_experts", "moe_num_experts": "num_experts",
     "num_shared_experts": "num_shared_experts", "moe_routing_strategy": "moe_routing_strategy",
-    "router_activate_fn": "router_act", "dim_ff": "intermediate_size", "max_position_embeddings": "max_position_embeddings",
+    "router_activate_fn": "router_act", "dim_ff": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
     "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "qk_norm": "qk_norm", "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id", "dim_v_head": "v_head_dim",
 }  # fmt: skip

@@ -23,7 +23,7 @@ HARMLESS = (
 
 
 def read_rope(fields: Fields, n_ctx_train: int) -> tuple[str, float]:
-    """Return (kind, factor) of rope_scaling: none, linear or dynamic (dynamic-NTK, inert within the trained context)."""
+    """Return (kind, factor) of rope_scaling: none, linear or dynamic (NTK, inert within the trained context)."""
     if not fields.has("rope_scaling"):
         return "none", 1.0
     scaling = fields.values["rope_scaling"]
@@ -39,8 +39,10 @@ def read_rope(fields: Fields, n_ctx_train: int) -> tuple[str, float]:
         inner.wrong("rope_scaling.factor", "a number >= 1")
     if kind == "dynamic":
         fields.note(
-            f"rope_scaling dynamic (factor {factor:g}) changes nothing up to max_position_embeddings = {n_ctx_train}, and "
-            f"llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, not beyond"
+            f"rope_scaling dynamic (factor {factor:g}) changes nothing up to max_position_embeddings = {n_ctx_train}, "
+            "and "
+            f"llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, not "
+            "beyond"
         )
     return kind, factor
 
@@ -77,5 +79,6 @@ def check_heads(fields: Fields, hidden: int, heads: int) -> None:
     """hidden_size must be a multiple of the head count: the authors' code derives head sizes from the quotient."""
     if hidden % heads:
         raise BlockffnError(
-            f"{fields.file}: num_attention_heads: expected a divisor of hidden_size = {hidden}, found {heads}; correct the file"
+            f"{fields.file}: num_attention_heads: expected a divisor of hidden_size = {hidden}, found {heads}; "
+            "correct the file"
         )

@@ -2,9 +2,9 @@
 
     read(open_checkpoint("DECO-0.5B")).moe.activation    # "norm_silu"
 
-The published config.json holds two generations of keys: those of a base model (num_hidden_layers, ...), stale, and those
-of the training framework (num_layers, ...), true. Where two keys name one thing, the tensor shapes decide which is
-believed, and a note says so; what shapes cannot decide is an error.
+The published config.json holds two generations of keys: those of a base model (num_hidden_layers, ...), stale, and
+those of the training framework (num_layers, ...), true. Where two keys name one thing, the tensor shapes decide which
+is believed, and a note says so; what shapes cannot decide is an error.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ UNUSED = (  # read by other routers of the training framework, or asserted only
 MUP = ("scale_emb", "scale_depth", "dim_model_base", "mup_denominator")
 KNOWN = (
     "vocab_size", "hidden_size", "num_layers", "num_hidden_layers", "num_attention_heads", "num_query_groups",
-    "num_key_value_heads", "head_dim", "ffn_hidden_size", "intermediate_size", "norm_epsilon", "rms_norm_eps", "num_experts",
-    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq", "router_act_func", "router_norm_type",
+    "num_key_value_heads", "head_dim", "ffn_hidden_size", "intermediate_size", "norm_epsilon", "rms_norm_eps",
+    "num_experts",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq", "router_act_func",
+    "router_norm_type",
     "router_norm_fixed", "router_norm_scalar", "router_norm_init_var", "expert_act_func", "expert_not_gated",
-    "moe_router_enable_expert_bias", "moe_expert_bias_apply_method", "rope_theta", "use_mup", "router_type", "use_blockffn",
+    "moe_router_enable_expert_bias", "moe_expert_bias_apply_method", "rope_theta", "use_mup", "router_type",
+    "use_blockffn",
     "moe_router_dtype", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
@@ -99,15 +102,17 @@ def parse_layer_freq(value: Any) -> list[int]:
         if isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= 10_000:
             return node.value
         if isinstance(node, ast.List):
-            return [item for item in map(walk, node.elts) if isinstance(item, int) or _raise(error)]  # type: ignore[misc]
+            items = [walk(element) for element in node.elts]
+            if all(isinstance(item, int) for item in items):
+                return [item for item in items if isinstance(item, int)]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
             left, right = walk(node.left), walk(node.right)
             if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
                 return left + right
             if isinstance(node.op, ast.Mult) and isinstance(left, list) != isinstance(right, list):
-                items, times = (left, right) if isinstance(left, list) else (right, left)
-                if isinstance(items, list) and isinstance(times, int) and len(items) * times <= 10_000:
-                    return items * times
+                part, times = (left, right) if isinstance(left, list) else (right, left)
+                if isinstance(part, list) and isinstance(times, int) and len(part) * times <= 10_000:
+                    return part * times
         raise error
 
     if isinstance(value, str):
@@ -118,10 +123,6 @@ def parse_layer_freq(value: Any) -> list[int]:
     if not isinstance(value, list) or any(type(item) is not int or item not in (0, 1) for item in value):
         raise error
     return value
-
-
-def _raise(error: BlockffnError) -> bool:
-    raise error
 
 
 def _refuse_other_meanings(fields: Fields) -> None:
@@ -182,8 +183,10 @@ def _epsilon(fields: Fields) -> float:
     eps = fields.number("norm_epsilon")
     if fields.has("rms_norm_eps") and fields.number("rms_norm_eps") != eps:
         raise BlockffnError(
-            f"config.json: norm_epsilon = {eps:g} and rms_norm_eps = {fields.values['rms_norm_eps']:g} contradict each other, "
-            "and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the training framework's)"
+            f"config.json: norm_epsilon = {eps:g} and rms_norm_eps = {fields.values['rms_norm_eps']:g} contradict "
+            "each other, "
+            "and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the training "
+            "framework's)"
         )
     return eps
 
@@ -262,7 +265,8 @@ def _router_norm(fields: Fields, n_expert: int) -> tuple[str, float, int]:
         fields.choice("router_norm_type", ROUTER_NORMS)
     if kind == "normal":
         fields.note(
-            "WARNING: router_norm_type normal gives inactive experts a score, so every expert works on every token: the "
+            "WARNING: router_norm_type normal gives inactive experts a score, so every expert works on every token: "
+            "the "
             "model is dense by nature and no sparse op can speed it up"
         )
     if kind == "null":
@@ -279,6 +283,7 @@ def _gated(checkpoint: Checkpoint, fields: Fields) -> bool:
         fields.note(f"config.json has no expert_not_gated; expert_gate_proj is {'there' if has_gate else 'not there'}")
     elif fields.flag("expert_not_gated") == has_gate:
         fields.note(
-            f"expert_not_gated = {not has_gate} not believed: expert_gate_proj is {'there' if has_gate else 'not there'}"
+            f"expert_not_gated = {not has_gate} not believed: expert_gate_proj is "
+            f"{'there' if has_gate else 'not there'}"
         )
     return has_gate

@@ -44,10 +44,10 @@ def convert_checkpoint(
 ) -> ConvertReport:
     """Convert a checkpoint folder or hub id to `outfile` and report what was done.
 
-    outtype: f32, f16, bf16, q8_0, or auto (as most weights are stored). layout: ``expert`` (three-dimensional, contiguous
-    per expert) or ``dense`` (two-dimensional, the dense baseline of the same weights). split_max_size: bytes per file, 0
-    for one file; split files are named ``model-00001-of-00003.gguf``. metadata: JSON file of general.* keys to add.
-    Raises BlockffnError, and leaves no file, for anything unclear.
+    outtype: f32, f16, bf16, q8_0, or auto (as most weights are stored). layout: ``expert`` (three-dimensional,
+    contiguous per expert) or ``dense`` (two-dimensional, the dense baseline of the same weights). split_max_size:
+    bytes per file, 0 for one file; split files are named ``model-00001-of-00003.gguf``. metadata: JSON file of
+    general.* keys to add. Raises BlockffnError, and leaves no file, for anything unclear.
     """
     started = time.monotonic()
     target = Path(outfile)
@@ -92,7 +92,8 @@ def _check_choices(outtype: str, layout: str, split_max_size: int) -> None:
     for option, value, known in (("outtype", outtype, OUTTYPES), ("layout", layout, EXPERT_LAYOUTS)):
         if value not in known:
             raise BlockffnError(
-                f"--{option}: expected one of {', '.join(known)}, found {value!r}{suggest(value, known)}; choose one of them"
+                f"--{option}: expected one of {', '.join(known)}, found {value!r}{suggest(value, known)}; choose one "
+                "of them"
             )
     if split_max_size < 0:
         raise BlockffnError(f"--split-max-size: expected a positive size, found {split_max_size}; for example 2G")

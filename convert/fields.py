@@ -36,7 +36,8 @@ class Fields:
             return self.values[key]
         if default is _REQUIRED:
             raise BlockffnError(
-                f"{self.file}: {key}: expected {expected}, found nothing; the value carries weight, so it has no default: "
+                f"{self.file}: {key}: expected {expected}, found nothing; the value carries weight, so it has no "
+                "default: "
                 "add it from the model's original configuration"
             )
         if default is not None:

@@ -80,7 +80,7 @@ class ModelConfig:
 
 
 # Canonical tensors: every checkpoint layout is read into these names and shapes (torch order, row-major).
-# h = n_embd, V = n_vocab, H = n_head, E = n_expert, d = expert_dim. A name is absent where the model has no such tensor.
+# h = n_embd, V = n_vocab, H = n_head, E = n_expert, d = expert_dim. Absent where the model has no such tensor.
 #   embed [V, h]   output_norm [h]   lm_head [V, h] (absent when tied)
 #   layers.{i}.attn_norm [h]   layers.{i}.ffn_norm [h]
 #   MLA: layers.{i}.q_a [q_lora, h]  q_a_norm [q_lora]  q_b [H*(nope+rope), q_lora]

@@ -3,11 +3,11 @@
     plan = plan_tensors(checkpoint, config, map_tensors(checkpoint, config), "f16", "expert")
     plan[0].name, plan[0].ggml_shape, plan[0].type.name    # ('token_embd.weight', (1792, 122753), 'F16')
 
-Constant changes happen here: kv_b is split and transposed for absorbed MLA, the mean row of norm_silu is folded, the dense
-layout puts the experts side by side. Types: matrices take the output type; vectors, the mean row and the router matrix
-stay F32. The router stays F32 because its sign decides which experts run: DECO computes it in float32, and for BlockFFN a
-rounded row would switch experts on and off at the threshold, an error that no other tensor's rounding makes, for 0.1 % of
-the bytes.
+Constant changes happen here: kv_b is split and transposed for absorbed MLA, the mean row of norm_silu is folded, the
+dense layout puts the experts side by side. Types: matrices take the output type; vectors, the mean row and the router
+matrix stay F32. The router stays F32 because its sign decides which experts run: DECO computes it in float32, and for
+BlockFFN a rounded row would switch experts on and off at the threshold, an error that no other tensor's rounding
+makes, for 0.1 % of the bytes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ OUTTYPES = (*TYPES, "auto")
 PLAIN = {
     "embed": names.TOKEN_EMBD, "output_norm": names.OUTPUT_NORM, "lm_head": names.OUTPUT, "attn_norm": names.ATTN_NORM,
     "ffn_norm": names.FFN_NORM, "q_a": names.ATTN_Q_A, "q_a_norm": names.ATTN_Q_A_NORM, "q_b": names.ATTN_Q_B,
-    "kv_a": names.ATTN_KV_A_MQA, "kv_a_norm": names.ATTN_KV_A_NORM, "q": names.ATTN_Q, "k": names.ATTN_K, "v": names.ATTN_V,
-    "o": names.ATTN_OUT, "gate": names.FFN_GATE, "up": names.FFN_UP, "down": names.FFN_DOWN, "router": names.FFN_GATE_INP,
+    "kv_a": names.ATTN_KV_A_MQA, "kv_a_norm": names.ATTN_KV_A_NORM, "q": names.ATTN_Q, "k": names.ATTN_K,
+    "v": names.ATTN_V,
+    "o": names.ATTN_OUT, "gate": names.FFN_GATE, "up": names.FFN_UP, "down": names.FFN_DOWN,
+    "router": names.FFN_GATE_INP,
     "router_norm": names.FFN_ROUTER_NORM, "expert_bias": names.FFN_EXPERT_BIAS, "act_norm": names.FFN_ACT_NORM,
     "shared_gate": names.FFN_GATE_SHEXP, "shared_up": names.FFN_UP_SHEXP, "shared_down": names.FFN_DOWN_SHEXP,
 }  # fmt: skip

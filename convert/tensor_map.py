@@ -72,7 +72,8 @@ def map_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source
     if leftover:
         more = f" and {len(leftover) - 1} more" if len(leftover) > 1 else ""
         raise BlockffnError(
-            f"{checkpoint.tensors[leftover[0]].file.name}: tensor {leftover[0]}{more}: nothing in this model claims it; "
+            f"{checkpoint.tensors[leftover[0]].file.name}: tensor {leftover[0]}{more}: nothing in this model claims "
+            "it; "
             "config.json does not describe this file, or it belongs to another model"
         )
     return sources
@@ -167,7 +168,8 @@ def _plain_source(
             if info.shape == () and shape == (1,):
                 return Source(spelled, (), shape, lambda values: values.reshape(1))
             raise BlockffnError(
-                f"{info.file.name}: {spelled}: expected shape {list(shape)}, found {list(info.shape)}; config.json and the "
+                f"{info.file.name}: {spelled}: expected shape {list(shape)}, found {list(info.shape)}; config.json "
+                "and the "
                 "weights differ"
             )
     raise BlockffnError(
@@ -183,7 +185,7 @@ def _spellings(names: dict[str, str], part: str, config: ModelConfig) -> list[st
 
 
 def _unused(checkpoint: Checkpoint, config: ModelConfig, names: dict[str, str]) -> set[str]:
-    """Tensors that a checkpoint may hold without meaning: a tied head, cached RoPE frequencies, an unused router norm."""
+    """Tensors that may be there without meaning: a tied head, cached RoPE frequencies, an unused router norm."""
     unused = {name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")}
     if config.tied and "lm_head.weight" in checkpoint.tensors:
         _check_tied(checkpoint, names["embed"])

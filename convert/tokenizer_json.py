@@ -20,15 +20,14 @@ from blockffn.errors import BlockffnError
 
 Parts = tuple[str, list[str], list[float], list[int], dict[str, Any]]
 
-# Splitting patterns of byte-level BPE tokenizers -> tokenizer.ggml.pre.
+# Splitting patterns of byte-level BPE tokenizers -> tokenizer.ggml.pre. llama-bpe splits numbers after three digits,
+# qwen2 after each one.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
     "": "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "llama-bpe"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "qwen2"
-    ),
+    _LETTERS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _LETTERS + r"\p{N}" + _REST: "qwen2",
 }
 
 
@@ -140,7 +139,8 @@ def _byte_level(path: Path, content: dict[str, Any], model: dict[str, Any]) -> P
     if pattern not in PATTERNS or any(item.get("type") not in ("ByteLevel", "Split") for item in steps):
         known = ", ".join(PATTERNS.values())
         raise BlockffnError(
-            f"{path}: pre_tokenizer: expected the splitting pattern of one of {known}, found {pattern!r}; llama.cpp would split "
+            f"{path}: pre_tokenizer: expected the splitting pattern of one of {known}, found {pattern!r}; llama.cpp "
+            "would split "
             "text differently"
         )
     tokens = _table(path, model["vocab"])

@@ -56,7 +56,8 @@ def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
         vocab = Vocab(*read_tokenizer_json(folder / "tokenizer.json"))
     else:
         raise BlockffnError(
-            f"{folder}: no tokenizer found: expected tokenizer.model or tokenizer.json; copy it from the published model"
+            f"{folder}: no tokenizer found: expected tokenizer.model or tokenizer.json; copy it from the published "
+            "model"
         )
     settings = _optional_json(folder / "tokenizer_config.json")
     added = _added_tokens(folder, settings)
@@ -95,7 +96,8 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
     model = read_sentencepiece(checkpoint.folder / "tokenizer.model")
     if model.kind not in ("bpe", "unigram"):
         raise BlockffnError(
-            f"tokenizer.model: expected a SentencePiece model of type bpe or unigram, found {model.kind}; llama.cpp cannot "
+            f"tokenizer.model: expected a SentencePiece model of type bpe or unigram, found {model.kind}; llama.cpp "
+            "cannot "
             "run this one"
         )
     spaced = [
@@ -110,18 +112,21 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
             values[Keys.Tokenizer.PRECOMPILED_CHARSMAP] = model.charsmap
         if has_bytes:
             checkpoint.note(
-                "WARNING: tokenizer.model is a unigram model with byte fallback; llama.cpp's unigram tokenizer has no byte "
+                "WARNING: tokenizer.model is a unigram model with byte fallback; llama.cpp's unigram tokenizer has "
+                "no byte "
                 "fallback, so characters outside the vocabulary become the unknown token"
             )
         return Vocab("t5", spaced, scores, types, values)
     if not has_bytes:
         raise BlockffnError(
-            "tokenizer.model: expected byte pieces <0x00> to <0xFF>, found none; llama.cpp needs them for characters outside "
+            "tokenizer.model: expected byte pieces <0x00> to <0xFF>, found none; llama.cpp needs them for characters "
+            "outside "
             "the vocabulary: train the tokenizer with byte_fallback"
         )
     if model.charsmap or model.remove_extra_whitespaces:
         checkpoint.note(
-            "WARNING: tokenizer.model normalizes its input (or removes extra spaces), which llama.cpp does not do for this "
+            "WARNING: tokenizer.model normalizes its input (or removes extra spaces), which llama.cpp does not do "
+            "for this "
             "kind of tokenizer: token ids differ on texts that normalization changes"
         )
     return Vocab("llama", spaced, scores, types, values)
@@ -162,7 +167,8 @@ def _place_added(checkpoint: Checkpoint, vocab: Vocab, added: dict[int, tuple[st
     highest = max(added, default=-1)
     if highest >= len(vocab.tokens) + 100_000:
         raise BlockffnError(
-            f"{checkpoint.folder}: added token {added[highest][0]!r}: expected an id near {len(vocab.tokens)}, found {highest}"
+            f"{checkpoint.folder}: added token {added[highest][0]!r}: expected an id near {len(vocab.tokens)}, found "
+            f"{highest}"
         )
     for index in range(len(vocab.tokens), highest + 1):
         vocab.tokens.append(f"[PAD{index}]")
@@ -201,7 +207,8 @@ def _check_unique(vocab: Vocab) -> None:
     for index, text in enumerate(vocab.tokens):
         if text in seen:
             raise BlockffnError(
-                f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for llama.cpp refuses "
+                f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for "
+                "llama.cpp refuses "
                 "the file; correct the tokenizer files"
             )
         seen[text] = index

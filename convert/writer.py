@@ -2,7 +2,8 @@
 
     write_gguf(Path("model.gguf"), values, plan, split_max_size=0, digest=None)    # [Path("model.gguf")]
 
-Data goes in pieces of a few megabytes to a folder beside the target, which is renamed at the end and removed on any error.
+Data goes in pieces of a few megabytes to a folder beside the target, which is renamed at the end and removed on any
+error.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def write_gguf(
 ) -> list[Path]:
     """Write metadata and tensors; return the files. `digest` is asked last, as it is computed meanwhile.
 
-    split_max_size: bytes of tensor data per file, 0 for one file. Raises BlockffnError for a full disk, for weights that
-    are not finite, and for values that the output type cannot hold.
+    split_max_size: bytes of tensor data per file, 0 for one file. Raises BlockffnError for a full disk, for weights
+    that are not finite, and for values that the output type cannot hold.
     """
     check_target(outfile, sum(tensor.n_bytes for tensor in plan))
     folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.", suffix=".partial", dir=outfile.parent))
@@ -86,7 +87,8 @@ def check_target(outfile: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(outfile.parent).free
     if free < n_bytes + (1 << 20):
         raise BlockffnError(
-            f"{outfile.parent}: not enough space: expected {n_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free; free some "
+            f"{outfile.parent}: not enough space: expected {n_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free; "
+            "free some "
             "or choose a smaller --outtype"
         )
 
@@ -158,7 +160,8 @@ def _encode_piece(tensor: PlannedTensor, values: Array) -> Array:
             half = wide.astype(np.float16)
         if not np.isfinite(half).all():
             raise BlockffnError(
-                f"{tensor.name} (from {tensor.source}): value {float(np.abs(wide).max()):g} does not fit F16 (up to 65504); "
+                f"{tensor.name} (from {tensor.source}): value {float(np.abs(wide).max()):g} does not fit F16 (up to "
+                "65504); "
                 "use --outtype bf16 or f32"
             )
         return half.view(np.uint8)
@@ -171,7 +174,8 @@ def _encode_piece(tensor: PlannedTensor, values: Array) -> Array:
 def _require_finite(tensor: PlannedTensor, finite: bool) -> None:
     if not finite:
         raise BlockffnError(
-            f"{tensor.name} (from {tensor.source}): the weights hold NaN or Inf; the checkpoint is damaged or the training "
+            f"{tensor.name} (from {tensor.source}): the weights hold NaN or Inf; the checkpoint is damaged or the "
+            "training "
             "diverged: take another checkpoint"
         )
 

@@ -81,9 +81,9 @@ def write_checkpoint(
 ) -> Path:
     """Write config.json, weights and tokenizer to `folder` and return it.
 
-    dtype: f32, f16 or bf16. fmt: one of FORMATS (default: pt for the layout bmtrain, else safetensors). `config` overrides
-    keys of config.json (a value of None removes the key); `edit` may change the stored tensors before they are written.
-    The other arguments are the fields of `Shape`.
+    dtype: f32, f16 or bf16. fmt: one of FORMATS (default: pt for the layout bmtrain, else safetensors). `config`
+    overrides keys of config.json (a value of None removes the key); `edit` may change the stored tensors before they
+    are written. The other arguments are the fields of `Shape`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,8 @@ def _draw_experts(shape: Shape, at: str, draw: Callable[..., None]) -> None:
 
 HF_NAMES = {
     "attn_norm": "input_layernorm.weight", "ffn_norm": "post_attention_layernorm.weight",
-    "q_a": "self_attn.q_a_proj.weight", "q_a_norm": "self_attn.q_a_layernorm.weight", "q_b": "self_attn.q_b_proj.weight",
+    "q_a": "self_attn.q_a_proj.weight", "q_a_norm": "self_attn.q_a_layernorm.weight",
+    "q_b": "self_attn.q_b_proj.weight",
     "kv_a": "self_attn.kv_a_proj_with_mqa.weight", "kv_a_norm": "self_attn.kv_a_layernorm.weight",
     "kv_b": "self_attn.kv_b_proj.weight", "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight",
     "v": "self_attn.v_proj.weight", "o": "self_attn.o_proj.weight", "gate": "mlp.gate_proj.weight",
@@ -191,7 +192,8 @@ BMTRAIN_NAMES = {
     "attn_norm": "self_att.layernorm_before_attention.weight", "ffn_norm": "ffn.layernorm_before_ffn.weight",
     "q_a": "self_att.self_attention.q_down_proj.weight", "q_a_norm": "self_att.self_attention.q_down_layernorm.weight",
     "q_b": "self_att.self_attention.q_up_proj.weight", "kv_a": "self_att.self_attention.kv_down_proj.weight",
-    "kv_a_norm": "self_att.self_attention.kv_down_layernorm.weight", "kv_b": "self_att.self_attention.kv_up_proj.weight",
+    "kv_a_norm": "self_att.self_attention.kv_down_layernorm.weight",
+    "kv_b": "self_att.self_attention.kv_up_proj.weight",
     "q": "self_att.self_attention.project_q.weight", "k": "self_att.self_attention.project_k.weight",
     "v": "self_att.self_attention.project_v.weight", "gate": "ffn.ffn.w_in.w_0.weight", "up": "ffn.ffn.w_in.w_1.weight",
     "down": "ffn.ffn.w_out.weight", "router_norm": "ffn.ffn.router_norm.weight",
@@ -318,10 +320,12 @@ def _deco_configuration(shape: Shape) -> dict[str, Any]:
         "max_position_embeddings": shape.n_ctx, "rope_theta": 10000.0, "tie_word_embeddings": shape.tied,
         "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 2, "torch_dtype": "bfloat16",
         "num_layers": shape.n_layer, "num_query_groups": shape.kv_heads, "ffn_hidden_size": shape.n_ff,
-        "norm_epsilon": 1e-5, "use_blockffn": True, "num_experts": shape.n_expert, "moe_ffn_hidden_size": shape.expert_dim,
+        "norm_epsilon": 1e-5, "use_blockffn": True, "num_experts": shape.n_expert,
+        "moe_ffn_hidden_size": shape.expert_dim,
         "moe_shared_expert_intermediate_size": shape.shared_dim or None,
         "moe_layer_freq": [0] * shape.n_dense + [1] * (shape.n_layer - shape.n_dense), "router_act_func": "relu",
-        "router_norm_type": shape.norm, "router_norm_fixed": shape.router_fixed, "router_norm_scalar": shape.router_scalar,
+        "router_norm_type": shape.norm, "router_norm_fixed": shape.router_fixed,
+        "router_norm_scalar": shape.router_scalar,
         "router_norm_init_var": 0.75, "expert_act_func": shape.act, "expert_act_norm_type": "normal",
         "expert_not_gated": not shape.gated, "moe_router_enable_expert_bias": shape.bias != "none",
         "moe_expert_bias_apply_method": shape.bias if shape.bias != "none" else "base", "use_mup": False,
