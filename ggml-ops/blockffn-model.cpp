@@ -223,9 +223,7 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
     }
     const bool mla = hparams.is_mla();
 
-    ggml_tensor * inpL = build_inp_embd(model.tok_embd);  // [n_embd, n_tokens]
-    inpL               = ggml_scale(ctx0, inpL, hparams.f_embedding_scale);
-    cb(inpL, "inp_scaled", -1);
+    ggml_tensor * inpL = build_inp_embd(model.tok_embd);  // [n_embd, n_tokens], times f_embedding_scale already
 
     ggml_tensor * pos        = build_inp_pos();
     auto *        inp_k      = mla ? build_attn_inp_k() : nullptr;
