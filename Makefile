@@ -19,7 +19,8 @@ PROGRAMS := llama-cli llama-completion llama-server llama-bench llama-batched-be
             llama-imatrix llama-gguf-split
 TESTS    := test-backend-ops test-llama-archs
 
-CMAKE_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DBLOCKFFN_OPS_DIR=$(CURDIR)/ggml-ops \
+CMAKE_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DCMAKE_BUILD_RPATH='$$ORIGIN' \
+               -DBLOCKFFN_OPS_DIR=$(CURDIR)/ggml-ops \
                -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
                -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_IS_DEV=OFF
 ifeq ($(BUILD_PROFILE),native)
