@@ -9,7 +9,7 @@ import sentencepiece
 from blockffn.errors import BlockffnError
 from blockffn.training import corpus
 
-TEXTS = [f"def function_{i}(a, b):\n    \"\"\"Return a + b.\"\"\"\n\treturn a + {i} * b\n\n\n" * 8 for i in range(60)]
+TEXTS = [f'def function_{i}(a, b):\n    """Return a + b."""\n\treturn a + {i} * b\n\n\n' * 8 for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,9 @@ def tokenizer(tmp_path_factory):
     return corpus.train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer", 320)
 
 
-@pytest.mark.parametrize("text", [TEXTS[3], "", " ", "  two  spaces ", "tab\tcr\rnul\0", "Grüße 漢字 🙂", "x = 1234567\n" * 99])
+@pytest.mark.parametrize(
+    "text", [TEXTS[3], "", " ", "  two  spaces ", "tab\tcr\rnul\0", "Grüße 漢字 🙂", "x = 1234567\n" * 99]
+)
 def test_tokens_give_the_text_back(tokenizer, text):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     ids = pieces.encode(text)

@@ -1,4 +1,4 @@
-"""The torch reference against a second reading of the formulas: one token, one head, one expert at a time, in float64."""
+"""The torch reference against a second reading of the formulas: one token, one head, one expert at a time (float64)."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 DECO = replace(MOE, activation="norm_silu", activation_eps=1e-5, router_norm="none", shared_dim=3, shared_gated=True)
 
+REMOE = replace(MOE, router_norm="none", router_weight=0, shared_dim=3, activation="gelu")
+NORMAL = replace(DECO, router_norm="normal", router_weight=0, router_scale=0.3, activation="relu_squared")
+NO_MEAN = replace(DECO, activation="norm_silu_nomean", bias_method="base")
+NO_NORM = replace(DECO, activation="norm_silu_norms", bias_method="rms", shared_dim=0)
+LINEAR = replace(CONFIG, mla=None, rope_scaling="linear", rope_factor=4.0)
+NONE = replace(MOE, router_norm="none", router_weight=0)
 CASES = {
     "block-mla": CONFIG,
     "block-gqa": replace(CONFIG, mla=None, n_head_kv=1, tied=False),
     "sum": replace(CONFIG, moe=replace(MOE, router_norm="sum", router_norm_scale=1.5, router_weight=0)),
-    "none-one-layer": replace(CONFIG, n_layer=1, dense_dim=(0,), moe=replace(MOE, router_norm="none", router_weight=0)),
-    "one-head-linear-rope": replace(CONFIG, n_head=1, n_head_kv=1, mla=None, head_dim=12, rope_scaling="linear", rope_factor=4.0),
+    "none-one-layer": replace(CONFIG, n_layer=1, dense_dim=(0,), moe=NONE),
+    "one-head-linear-rope": replace(LINEAR, n_head=1, n_head_kv=1, head_dim=12),
     "vanilla": replace(CONFIG, moe=None, dense_dim=(9, 5)),
-    "remoe": replace(CONFIG, moe=replace(MOE, router_norm="none", router_weight=0, shared_dim=3, activation="gelu"), dense_activation="gelu"),
+    "remoe": replace(CONFIG, moe=REMOE, dense_activation="gelu"),
     "deco": replace(CONFIG, moe=DECO, mla=None, dense_dim=(9, 0), embedding_scale=1.0),
     "deco-gated-scalar": replace(CONFIG, moe=replace(DECO, gated=True, router_weight=1), mla=None),
-    "deco-nomean-bias": replace(CONFIG, moe=replace(DECO, activation="norm_silu_nomean", bias_method="base")),
-    "deco-norms-bias-rms": replace(CONFIG, moe=replace(DECO, activation="norm_silu_norms", bias_method="rms", shared_dim=0)),
-    "deco-normal-fixed": replace(
-        CONFIG, moe=replace(DECO, router_norm="normal", router_weight=0, router_scale=0.3, activation="relu_squared")
-    ),
+    "deco-nomean-bias": replace(CONFIG, moe=NO_MEAN),
+    "deco-norms-bias-rms": replace(CONFIG, moe=NO_NORM),
+    "deco-normal-fixed": replace(CONFIG, moe=NORMAL),
 }  # fmt: skip
 
 
@@ -74,14 +78,22 @@ def rotate(config, x, position):
     """Pair (i, i + half) is a complex number, turned by position * base^(-2i/dim)."""
     half = len(x) // 2
     position = position / (config.rope_factor if config.rope_scaling == "linear" else 1.0)
-    z = np.array([complex(x[i], x[i + half]) * np.exp(1j * position * config.rope_base ** (-2 * i / len(x))) for i in range(half)])
+    z = np.array(
+        [
+            complex(x[i], x[i + half]) * np.exp(1j * position * config.rope_base ** (-2 * i / len(x)))
+            for i in range(half)
+        ]
+    )
     return np.concatenate([z.real, z.imag])
 
 
 def heads_of(config, w, x, t):
     """q, k, v of one token, each a list over heads."""
     if config.mla is None:
-        q, k, v = (np.split(w[name] @ x, n) for name, n in (("q", config.n_head), ("k", config.n_head_kv), ("v", config.n_head_kv)))
+        q, k, v = (
+            np.split(w[name] @ x, n)
+            for name, n in (("q", config.n_head), ("k", config.n_head_kv), ("v", config.n_head_kv))
+        )
         group = config.n_head // config.n_head_kv
         k, v = [k[h // group] for h in range(config.n_head)], [v[h // group] for h in range(config.n_head)]
         return [rotate(config, a, t) for a in q], [rotate(config, a, t) for a in k], v
@@ -129,13 +141,21 @@ def experts(config, w, x):
     for e in range(moe.n_expert):
         if a[e] <= 0 and moe.router_norm != "normal":
             continue
-        u = norm(z[e], moe.activation_eps, w["act_norm"]) if moe.activation in ("norm_silu", "norm_silu_nomean") else z[e]
+        u = (
+            norm(z[e], moe.activation_eps, w["act_norm"])
+            if moe.activation in ("norm_silu", "norm_silu_nomean")
+            else z[e]
+        )
         u = act("silu" if moe.activation.startswith("norm") else moe.activation, u)
         u = u * (w["up_exps"][e] @ x) if moe.gated else u
         y = y + s[e] * (w["down_exps"][e] @ u)
     if moe.shared_dim:
         up = w["shared_up"] @ x
-        hidden = act(config.dense_activation, w["shared_gate"] @ x) * up if moe.shared_gated else act(config.dense_activation, up)
+        hidden = (
+            act(config.dense_activation, w["shared_gate"] @ x) * up
+            if moe.shared_gated
+            else act(config.dense_activation, up)
+        )
         y = y + w["shared_down"] @ hidden
     return y, r, a > 0
 

@@ -14,9 +14,10 @@ import torch
 from blockffn.errors import BlockffnError
 from blockffn.training import cli, corpus
 from blockffn.training.config import OptimizerConfig, read_config
+from blockffn.training.loop import Windows
 from blockffn.training.optim import orthogonalise, wsd
 from blockffn.training.reference import ReferenceModel
-from blockffn.training.trainer import Trainer, Windows
+from blockffn.training.trainer import Trainer
 
 BLOCKFFN = """
 [run]
@@ -64,12 +65,17 @@ chunk_window = 3
 """
 DECO = (
     BLOCKFFN.replace('family = "blockffn"', 'family = "deco"\nnum_dense_layers = 1\nintermediate_size = 12')
-    .replace("dim_expert = 4", 'dim_expert = 4\nshared_expert_size = 3\nexpert_activation = "norm_silu"\nexpert_bias = true')
+    .replace(
+        "dim_expert = 4", 'dim_expert = 4\nshared_expert_size = 3\nexpert_activation = "norm_silu"\nexpert_bias = true'
+    )
     .replace("tie_word_embeddings = true", 'tie_word_embeddings = false\nrouter_norm = "none"')
     .replace("q_lora_rank = 6\nkv_lora_rank = 5\nqk_nope_head_dim = 4\nqk_rope_head_dim = 2\n", "")
     .replace("scale_emb = 12.0\nscale_depth = 1.4\ndim_model_base = 8\n", "")
     .replace('kind = "muon"', 'kind = "adamw"')
-    .replace("locality = 2e-3\nchunk = 5e-2\nchunk_size = 8\nchunk_window = 3", "entropy = 1e-3\nentropy_multiplier = 1.1\nbias_rate = 1e-3")
+    .replace(
+        "locality = 2e-3\nchunk = 5e-2\nchunk_size = 8\nchunk_window = 3",
+        "entropy = 1e-3\nentropy_multiplier = 1.1\nbias_rate = 1e-3",
+    )
 )
 DENSE = (
     BLOCKFFN.split("[objective]")[0]
@@ -105,7 +111,7 @@ def test_loss_falls_and_export_reads_back(tmp_path, text, kind):
     assert trainer.train()
     after = trainer.evaluate()
     assert after["validation"] < before["validation"] - 0.5
-    cli.export(trainer, tmp_path / "checkpoint")
+    trainer.export(tmp_path / "checkpoint")
 
     model = ReferenceModel.from_checkpoint(tmp_path / "checkpoint")
     assert model.config.family == kind
@@ -267,6 +273,12 @@ def test_cli_trains_and_exports(tmp_path, text, monkeypatch, capsys):
     assert figures["steps"] == 6 and len(figures["tls"]) == 2
     assert (tmp_path / "run/curve.png").stat().st_size > 1000
     names = {path.name for path in (tmp_path / "m").iterdir()}
-    assert names == {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "model.safetensors"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "model.safetensors",
+    }
     with pytest.raises(BlockffnError, match=r"expected TABLE\.KEY=VALUE"):
         cli.run(parser.parse_args([str(tmp_path / "train.toml"), "--set", "steps=6"]))

@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blockffn.errors import BlockffnError
-
-if TYPE_CHECKING:
-    from blockffn.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``blockffn train``."""
     parser.add_argument("config", type=Path, help="training file (TOML), see docs/training.md")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="replace one value")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a checkpoint folder when the run is complete")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the saved state on the whole validation text")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="write a checkpoint folder when the run is complete"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate the saved state on the whole validation text"
+    )
     parser.add_argument("--json", action="store_true", help="print the final figures as JSON")
 
 
@@ -39,19 +39,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     figures = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.evaluate()}
     if args.export is not None:
-        export(trainer, args.export)
+        trainer.export(args.export)
     from blockffn.training.plots import plot_curve
 
     plot_curve({trainer.config.model.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
     print(json.dumps(figures) if args.json else summary(figures))
     return 0
-
-
-def export(trainer: Trainer, folder: Path) -> None:
-    """Write the trained weights as a checkpoint folder that ``blockffn convert`` reads."""
-    from blockffn.training.export import export_checkpoint
-
-    export_checkpoint(folder, trainer.decoder, trainer.corpus.tokenizer)
 
 
 def summary(figures: dict[str, object]) -> str:

@@ -107,22 +107,20 @@ class TrainConfig:
 
 def read_config(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> TrainConfig:
     """Read `path`; `overrides` replaces single values, table by table. Raises BlockffnError naming file and key."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise BlockffnError(f"{path}: cannot be read ({err.strerror}); give the path of a training file") from err
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise BlockffnError(f"{path}: not a TOML file: {err}") from err
-    for table, values in (overrides or {}).items():
-        tables[table] = {**tables.get(table, {}), **values}
-    _check_names(path, "", tables, ("run", "corpus", "model", "optimizer", "objective"))
-    run = _read(path, "run", tables, RunConfig)
-    corpus = _read(path, "corpus", tables, CorpusConfig)
-    optimizer = _read(path, "optimizer", tables, OptimizerConfig)
+    tables = read_tables(path, overrides)
+    check_names(path, "", tables, ("run", "corpus", "model", "optimizer", "objective"))
+    run = read_table(path, "run", tables, RunConfig)
+    corpus = read_table(path, "corpus", tables, CorpusConfig)
+    optimizer = read_table(path, "optimizer", tables, OptimizerConfig)
     config = TrainConfig(
-        run, corpus, _read_model(path, tables, corpus), optimizer, _read(path, "objective", tables, ObjectiveConfig)
+        run,
+        corpus,
+        _read_model(path, tables, corpus),
+        optimizer,
+        read_table(path, "objective", tables, ObjectiveConfig),
     )
     _check_values(path, config)
+    check_optimizer(path, optimizer, run)
     return config
 
 
@@ -145,7 +143,6 @@ class _ModelTable:
     shared_expert_size: int = 0
     expert_activation: str = "silu"
     router_norm: str = "rms"
-    router_scale: float = 1.0  # start value of the learnable factor on the scores
     expert_bias: bool = False
     q_lora_rank: int = 0  # 0: grouped-query attention
     kv_lora_rank: int = 0
@@ -159,13 +156,15 @@ class _ModelTable:
 
 
 def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> ModelConfig:
-    m = _read(path, "model", tables, _ModelTable)
+    m = read_table(path, "model", tables, _ModelTable)
     if m.family not in FAMILIES:
         raise BlockffnError(f"{path}: [model] family: expected one of {', '.join(FAMILIES)}, found {m.family!r}")
     if m.hidden_size % m.num_attention_heads:
-        raise BlockffnError(f"{path}: [model] hidden_size {m.hidden_size} is no multiple of {m.num_attention_heads} heads")
+        raise BlockffnError(
+            f"{path}: [model] hidden_size {m.hidden_size} is no multiple of {m.num_attention_heads} heads"
+        )
     experts = m.family != "vanilla"
-    needed = ("num_experts", "dim_expert") if experts else ("intermediate_size",)
+    needed: tuple[str, ...] = ("num_experts", "dim_expert") if experts else ("intermediate_size",)
     needed += ("intermediate_size",) if m.num_dense_layers else ()
     needed += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim") if m.q_lora_rank else ()
     for key in needed:
@@ -217,8 +216,33 @@ def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> 
     )
 
 
+def read_tables(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """The tables of a training file, with single values replaced. Raises BlockffnError when it is no TOML file."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise BlockffnError(f"{path}: cannot be read ({err.strerror}); give the path of a training file") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise BlockffnError(f"{path}: not a TOML file: {err}") from err
+    for table, values in (overrides or {}).items():
+        tables[table] = {**tables.get(table, {}), **values}
+    return tables
+
+
 def _check_values(path: Path, config: TrainConfig) -> None:
-    o, run, objective = config.optimizer, config.run, config.objective
+    objective = config.objective
+    check_exportable(path, config.model)
+    wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
+    if wanted and config.model.moe is None:
+        raise BlockffnError(
+            f"{path}: [objective] acts on routers, but family {config.model.family} has none; remove it"
+        )
+    if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
+        raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
+
+
+def check_optimizer(path: Path, o: OptimizerConfig, run: RunConfig) -> None:
+    """Raise BlockffnError for values of [optimizer] and [run] that make no sense."""
     choices = (("run", "precision", run.precision, PRECISIONS), ("optimizer", "kind", o.kind, OPTIMIZERS))
     for table, key, found, known in choices:
         if found not in known:
@@ -226,21 +250,18 @@ def _check_values(path: Path, config: TrainConfig) -> None:
     for key in ("learning_rate", "steps", "sequence_length", "batch_sequences", "micro_sequences"):
         if getattr(o, key) <= 0:
             raise BlockffnError(f"{path}: [optimizer] {key}: expected a positive number, found {getattr(o, key)}")
+    for key in ("log_every", "eval_every", "save_every"):
+        if getattr(run, key) <= 0:
+            raise BlockffnError(f"{path}: [run] {key}: expected a positive number, found {getattr(run, key)}")
     if o.batch_sequences % o.micro_sequences:
         raise BlockffnError(
             f"{path}: [optimizer] batch_sequences {o.batch_sequences} is no multiple of micro_sequences "
             f"{o.micro_sequences}; every forward pass takes as many sequences"
         )
-    check_exportable(path, config.model)
     if o.warmup_steps + o.decay_steps > o.steps:
         raise BlockffnError(
             f"{path}: [optimizer] warmup_steps {o.warmup_steps} and decay_steps {o.decay_steps} exceed steps {o.steps}"
         )
-    wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
-    if wanted and config.model.moe is None:
-        raise BlockffnError(f"{path}: [objective] acts on routers, but family {config.model.family} has none; remove it")
-    if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
-        raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
 
 
 def check_exportable(path: Path, model: ModelConfig) -> None:
@@ -248,15 +269,21 @@ def check_exportable(path: Path, model: ModelConfig) -> None:
     moe = model.moe
     scaled = (model.embedding_scale, model.residual_scale, model.logit_scale) != (1.0, 1.0, 1.0)
     if model.family == "deco" and (model.mla or scaled):
-        raise BlockffnError(f"{path}: [model] family deco: expected plain attention and no scales; remove q_lora_rank, scale_*, dim_*")
+        raise BlockffnError(
+            f"{path}: [model] family deco: expected plain attention and no scales; remove q_lora_rank, scale_*, dim_*"
+        )
     if model.family == "blockffn" and moe is not None:
         if moe.shared_dim or any(model.dense_dim) or moe.bias_method != "none":
-            raise BlockffnError(f"{path}: [model] family blockffn: shared expert, dense layers and expert bias need family deco")
+            raise BlockffnError(
+                f"{path}: [model] family blockffn: shared expert, dense layers and expert bias need family deco"
+            )
         if moe.activation.startswith("norm_"):
-            raise BlockffnError(f"{path}: [model] family blockffn: expert_activation {moe.activation!r} needs family deco")
+            raise BlockffnError(
+                f"{path}: [model] family blockffn: expert_activation {moe.activation!r} needs family deco"
+            )
 
 
-def _check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -264,18 +291,20 @@ def _check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple
             raise BlockffnError(f"{path}: {f'[{table}] ' if table else ''}unknown key {key!r}; {hint}")
 
 
-def _read(path: Path, table: str, tables: Mapping[str, Any], kind: type[Any]) -> Any:
+def read_table(path: Path, table: str, tables: Mapping[str, Any], kind: type[Any]) -> Any:
     values = tables.get(table, {})
     if not isinstance(values, dict):
         raise BlockffnError(f"{path}: {table}: expected a table [{table}], found {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    _check_names(path, table, values, tuple(fields))
+    check_names(path, table, values, tuple(fields))
     for name, f in fields.items():
         if name not in values:
             if f.default is dataclasses.MISSING:
-                raise BlockffnError(f"{path}: [{table}] {name}: expected a value, found none; docs/training.md explains it")
+                raise BlockffnError(
+                    f"{path}: [{table}] {name}: expected a value, found none; docs/training.md explains it"
+                )
             continue
-        expected = {"int": int, "float": (int, float), "str": str, "bool": bool}[str(f.type)]
+        expected: Any = {"int": int, "float": (int, float), "str": str, "bool": bool}[str(f.type)]
         if not isinstance(values[name], expected) or (isinstance(values[name], bool) and f.type != "bool"):
             raise BlockffnError(f"{path}: [{table}] {name}: expected {f.type}, found {values[name]!r}")
     return kind(**values)

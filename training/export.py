@@ -1,10 +1,10 @@
 """Write a trained decoder as a Hugging Face folder that the converter reads exactly like a published checkpoint.
 
-    >>> export_checkpoint(Path("examples/tiny-blockffn"), decoder, Path("build/corpus/.../tokenizer.model"))
+    >>> export_checkpoint(Path("examples/tiny-blockffn"), decoder, Path("build/tokenizer.model"))
 
-BlockFFN and its dense twin get the keys and the block_linear layout of the BlockFFN checkpoints, DECO the Megatron-style
-keys of its own. Weights are bfloat16 in one safetensors file; the expert bias of
-DECO, which only moves a threshold, stays float32. Files appear whole or not at all.
+BlockFFN and its dense twin get the keys and the block_linear layout of the BlockFFN checkpoints, DECO the
+Megatron-style keys of its own. Weights are bfloat16 in one safetensors file; the expert bias of DECO, which only moves
+a threshold, stays float32. Files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def blockffn_keys(config: ModelConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "architectures": ["MiniCPMForCausalLM"],
         "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids)[0],
+        "eos_token_id": config.eos_ids[0],
         "hidden_act": config.dense_activation,
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from blockffn.errors import BlockffnError
 
@@ -42,7 +43,7 @@ def plot_curve(logs: Mapping[str, Path], target: Path) -> None:
     pyplot.close(figure)
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a log.jsonl. Raises BlockffnError when there is none."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -304,17 +304,17 @@ class Decoder(nn.Module):
         return [layer.ffn for layer in self.layers if isinstance(layer.ffn, Experts)]
 
     def active(self, routers: Sequence[Tensor]) -> list[Tensor]:
-        """Which experts compute: a > 0, before any norm. Router logits [..., E] per layer -> bool [..., E] per layer."""
+        """Which experts compute: a > 0, before any norm. Per layer: router logits [..., E] -> bool [..., E]."""
         return [ffn.selected(r) > 0 for ffn, r in zip(self.expert_layers(), routers, strict=True)]
 
     def canonical(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their names in blockffn.convert.model_config, ``layers.0.q_a`` rather than ``...attention.q_a``."""
+        """Parameters under the names of blockffn.convert.model_config: ``layers.0.q_a``, not ``...attention.q_a``."""
         for name, value in self.named_parameters():
             yield re.sub(r"^(layers\.\d+)\.(?:attention|ffn)\.", r"\1.", name), value
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, object]) -> None:
-        """Fill all parameters from canonical tensors (torch or numpy). Raises BlockffnError on a missing name or shape."""
+        """Fill all parameters from canonical tensors, torch or numpy. Raises BlockffnError naming what is missing."""
         for name, value in self.canonical():
             if name not in tensors:
                 raise BlockffnError(f"tensor {name}: expected shape {list(value.shape)}, found none in the checkpoint")
@@ -370,12 +370,14 @@ class ReferenceModel:
 
     @torch.no_grad()
     def forward(self, tokens: Sequence[int] | Tensor) -> Output:
-        """Evaluate tokens [T] from position 0. Raises BlockffnError for an empty text or an id outside the vocabulary."""
+        """Evaluate tokens [T] from position 0. Raises BlockffnError for no tokens or an id outside the vocabulary."""
         ids = torch.as_tensor(tokens, dtype=torch.int64)
         if ids.dim() != 1 or ids.numel() == 0:
             raise BlockffnError(f"tokens: expected at least one token in one row, found shape {list(ids.shape)}")
         if int(ids.min()) < 0 or int(ids.max()) >= self.config.n_vocab:
-            raise BlockffnError(f"tokens: expected ids from 0 to {self.config.n_vocab - 1}, found {ids.tolist()[:8]}...")
+            raise BlockffnError(
+                f"tokens: expected ids from 0 to {self.config.n_vocab - 1}, found {ids.tolist()[:8]}..."
+            )
         hidden, routers = self.decoder(ids[None])
         shape = (0, ids.numel(), 0)
         active = [a[0] for a in self.decoder.active(routers)]
