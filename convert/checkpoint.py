@@ -13,6 +13,7 @@ bfloat16 values travel as the one-field structured dtype `BF16`, so that numpy c
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,7 +27,12 @@ from blockffn.convert.pickles import PickleFile
 from blockffn.errors import BlockffnError
 
 BF16 = np.dtype([("bf16", "<u2")])
-DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BF16}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BF16,
+}
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 
 
@@ -68,11 +74,10 @@ class Checkpoint:
                 "weights"
             )
         if info.file.suffix == ".safetensors":
-            if 0 in info.shape:
+            size = math.prod(info.shape) * DTYPES[info.dtype].itemsize
+            if size == 0:
                 return np.empty(info.shape, DTYPES[info.dtype])
-            raw = np.memmap(
-                info.file, np.uint8, "r", info.offset, (int(np.prod(info.shape)) * DTYPES[info.dtype].itemsize,)
-            )
+            raw = np.memmap(info.file, np.uint8, "r", info.offset, (size,))
             return np.asarray(raw).view(DTYPES[info.dtype]).reshape(info.shape)
         values = self._pickles[info.file].load(name)
         return values.view(BF16) if info.dtype == "BF16" else values

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,13 +37,13 @@ class Source:
     arrange: Callable[[Array], Array]
 
 
-def load_canonical(src: str | Path) -> tuple[ModelConfig, Mapping[str, torch.Tensor]]:
+def load_canonical(src: str | PathLike[str]) -> tuple[ModelConfig, Mapping[str, torch.Tensor]]:
     """Open a checkpoint of any layout; returns its configuration and a mapping that loads a tensor when asked for it.
 
     Keys are the canonical names without suffix (``embed``, ``layers.0.q_a``); types are those of the file.
     Raises BlockffnError for everything that is missing, superfluous, misshapen or contradictory.
     """
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_checkpoint(str(src))
     config = read_config(checkpoint)
     return config, _TorchTensors(checkpoint, map_tensors(checkpoint, config))
 

@@ -103,7 +103,10 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
     spaced = [
         piece.text.replace("\u2581", " ") if piece.type == USER_DEFINED else piece.text for piece in model.pieces
     ]  # llama.cpp looks for user-defined tokens in the raw text, before spaces are escaped
-    scores, types = [piece.score for piece in model.pieces], [piece.type for piece in model.pieces]
+    scores = [piece.score for piece in model.pieces]
+    types = [
+        CONTROL if piece.type == USER_DEFINED and _looks_special(piece.text) else piece.type for piece in model.pieces
+    ]
     values: dict[str, Any] = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: model.add_dummy_prefix}
     has_bytes = BYTE in types
     if model.kind == "unigram":

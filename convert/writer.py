@@ -119,7 +119,7 @@ def _write_data(writer: GGUFWriter, plan: list[PlannedTensor]) -> None:
                 tensor = by_name[name]
                 before = stream.tell()
                 for piece in encode(tensor):
-                    stream.write(piece)
+                    stream.write(piece.data)
                     progress.add(piece.nbytes)
                 assert stream.tell() - before == tensor.n_bytes, f"{name}: {stream.tell() - before} != {tensor.n_bytes}"
                 writer.write_padding(stream, tensor.n_bytes)
