@@ -1,0 +1,133 @@
+"""One model in a process of its own, timed on request: what `blockffn bench` starts once per model.
+
+    $ echo '{"phase": "decode", "n": 1, "steps": 8}' | python -m blockffn.eval.bench_worker model.gguf < requests
+
+The parent interleaves the requests of several workers; while one works, the others wait for a line on stdin.
+Requests and answers are JSON, one per line: phases `decode` and `verify` answer the seconds of every step, `prefill`
+those of the whole text, `activity` what the router chose, `memory` the peak resident memory of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH = 512  # tokens per evaluation of a prefill
+
+
+class Worker:
+    """A loaded model with a text to run through it; the text starts again when it is used up."""
+
+    def __init__(self, path: str, ffn: str, threads: int, past: int, tokens: Sequence[int]) -> None:
+        import blockffn
+        from blockffn.speculative.target import Target
+
+        n_ctx = past + 2 * BATCH
+        self.llm = blockffn.Llama(
+            path, n_ctx=n_ctx, n_batch=BATCH, n_ubatch=BATCH, ffn=ffn, n_threads=threads, verbose=True
+        )
+        self.target = Target(self.llm.ctx, self.llm.n_vocab(), self.llm.n_embd(), BATCH)
+        self.past = past
+        self.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), past + 4 * BATCH))
+        self.at = past  # next token of the text
+
+    def prefill(self, n: int) -> list[float]:
+        """Evaluate `n` tokens from an empty cache, in batches of 512, logits for the last one: [seconds]."""
+        self.target.truncate(0)
+        started = time.perf_counter()
+        for start in range(0, n, BATCH):
+            piece = self._next(min(BATCH, n - start))
+            self.target.evaluate_text(piece, start, slice(-1, None) if start + len(piece) == n else slice(0, 0))
+        self.target.logits(1)
+        return [time.perf_counter() - started]
+
+    def steps(self, n: int, steps: int) -> list[float]:
+        """Evaluate `n` tokens at a time after `past` others, logits for every one: seconds of each step."""
+        if self.target.length() < self.past:
+            self.target.truncate(0)
+            for start in range(0, self.past, BATCH):
+                self.target.evaluate_text(self.text[start : min(self.past, start + BATCH)], start, slice(0, 0))
+        self.target.truncate(self.past)
+        seconds = []
+        for step in range(steps):
+            piece = self._next(n)
+            started = time.perf_counter()
+            self.target.evaluate_text(piece, self.past + step * n, slice(None))
+            self.target.logits(n)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def activity(self, n_tokens: int) -> dict[str, Any]:
+        """Return TLS and CLS_c on the text, as the router inside llama.cpp chose."""
+        from blockffn.eval.sparsity import sparsity
+
+        if self.llm.n_moe_layers == 0:
+            return {}
+        found = sparsity(self.llm, self.text[:n_tokens].tolist())
+        return {"tls": found.tls, "cls": {str(size): value for size, value in found.cls.items()}}
+
+    def _next(self, n: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        if self.at + n > len(self.text):
+            self.at = self.past
+        piece = self.text[self.at : self.at + n]
+        self.at += n
+        return piece
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what one request asks."""
+        phase = request["phase"]
+        if phase == "prefill":
+            return {"seconds": self.prefill(request["n"])}
+        if phase in ("decode", "verify"):
+            return {"seconds": self.steps(request["n"], request["steps"])}
+        if phase == "activity":
+            return self.activity(request["n"])
+        if phase == "memory":
+            return memory()
+        raise ValueError(f"phase: found {phase!r}")
+
+
+def memory() -> dict[str, float]:
+    """Return the peak resident memory of this process and its parts now (Linux), in MB of 10^6 bytes."""
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("VmHWM", "RssAnon", "RssFile"):
+            found[name] = int(rest.split()[0]) * 1024 / 1e6
+    return {"peak_rss_mb": found["VmHWM"], "anonymous_mb": found["RssAnon"], "file_mb": found["RssFile"]}
+
+
+def main() -> int:
+    """Answer requests from stdin until it closes. The first line holds the text as token ids, or words to tokenize."""
+    parser = argparse.ArgumentParser(description="one model of `blockffn bench`")
+    parser.add_argument("model")
+    parser.add_argument("--ffn", default="union")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--past", type=int, required=True)
+    args = parser.parse_args()
+    from blockffn.errors import BlockffnError
+
+    try:
+        first = json.loads(sys.stdin.readline())
+        worker = Worker(args.model, args.ffn, args.threads, args.past, first.get("tokens") or [0])
+        if "text" in first:
+            tokens = worker.llm.tokenize(first["text"].encode(), add_bos=True)
+            worker.text = np.resize(np.asarray(tokens, np.int32), len(worker.text))
+        print(json.dumps({"ready": True, "vocab": worker.llm.n_vocab()}), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(worker.answer(json.loads(line))), flush=True)
+    except BlockffnError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
