@@ -220,32 +220,38 @@ def _check_unique(vocab: Vocab) -> None:
 def _special_ids(checkpoint: Checkpoint, config: ModelConfig, vocab: Vocab, settings: dict[str, Any]) -> None:
     """Write bos, eos, end-of-turn, padding and unknown ids; all ids that end a text must be among them."""
     by_text = {text: index for index, text in enumerate(vocab.tokens)}
-    generation = _optional_json(checkpoint.folder / "generation_config.json")
-    more = generation.get("eos_token_id")
-    eos = list(config.eos_ids) + (more if isinstance(more, list) else [more] if isinstance(more, int) else [])
     named = {key: _named(settings, key, by_text) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    if named["eos_token"] is not None:
-        eos.insert(0, named["eos_token"])
-    eos = list(dict.fromkeys(eos or [index for index in (by_text.get("</s>"),) if index is not None]))
-    bos = named["bos_token"] if named["bos_token"] is not None else config.bos_id
-    bos = bos if bos is not None else by_text.get("<s>")
-    unknown = named["unk_token"] if named["unk_token"] is not None else by_text.get("<unk>")
-    pad = config.pad_id if config.pad_id is not None else named["pad_token"]
-    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
-    pairs = [(Keys.Tokenizer.BOS_ID, bos), *zip(keys, eos, strict=False), (Keys.Tokenizer.PAD_ID, pad)]
-    for key, index in [*pairs, (Keys.Tokenizer.UNK_ID, unknown)]:
-        if index is None:
-            continue
-        if not 0 <= index < len(vocab.tokens):
-            name = key.removeprefix("tokenizer.ggml.")
+    more = _optional_json(checkpoint.folder / "generation_config.json").get("eos_token_id")
+    listed = more if isinstance(more, list) else [more]
+    eos = [index for index in (named["eos_token"], *config.eos_ids, *listed) if isinstance(index, int)]
+    eos = list(dict.fromkeys(eos or [by_text[text] for text in ("</s>",) if text in by_text]))
+    if named["bos_token"] is not None and config.bos_id not in (None, named["bos_token"]):
+        checkpoint.note(
+            f"bos: tokenizer_config.json names token {named['bos_token']}, config.json {config.bos_id}; the former is "
+            "used"
+        )
+    ids = {
+        Keys.Tokenizer.BOS_ID: _first(named["bos_token"], config.bos_id, by_text.get("<s>")),
+        **dict(zip((Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), eos, strict=False)),
+        Keys.Tokenizer.PAD_ID: _first(config.pad_id, named["pad_token"]),
+        Keys.Tokenizer.UNK_ID: _first(named["unk_token"], by_text.get("<unk>")),
+    }
+    given = {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, "eos_token_id": max(eos, default=None)}
+    for key, value in given.items():
+        if value is not None and value >= len(vocab.tokens):
             raise BlockffnError(
-                f"config.json: {name}: expected an id below {len(vocab.tokens)}, found {index}; correct it"
+                f"config.json: {key}: expected an id below {len(vocab.tokens)}, the vocabulary size, found {value}; "
+                "correct the file"
             )
-        vocab.values[key] = index
-    if len(eos) > len(keys):
+    vocab.values |= {key: value for key, value in ids.items() if value is not None}
+    if len(eos) > 3:
         checkpoint.note(f"only the first three end-of-text ids fit a GGUF: {eos[:3]} of {eos}")
     if not eos:
         checkpoint.note("WARNING: no end-of-text token found; generation ends at the token limit only")
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int | None:

@@ -1,0 +1,166 @@
+"""Configurations: what is believed, what is derived, and what the notes say about it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
+from blockffn.convert.config import read_config
+from blockffn.convert.config_deco import parse_layer_freq
+from blockffn.convert.model_config import ModelConfig
+from blockffn.errors import BlockffnError
+
+DECO: dict[str, Any] = {"family": "deco", "norm": "simple", "attention": "gqa", "n_head": 4, "n_head_kv": 4}
+
+
+def read(folder: Path, **options: Any) -> tuple[ModelConfig, str]:
+    """Configuration and notes of a checkpoint with these options."""
+    checkpoint: Checkpoint = open_checkpoint(write_checkpoint(folder, with_tokenizer=False, **options))
+    return read_config(checkpoint), "\n".join(checkpoint.notes)
+
+
+def test_scales(tmp_path: Path) -> None:
+    config, _ = read(tmp_path, n_layer=3)
+    assert (config.embedding_scale, config.logit_scale) == (12.0, 32 / 64)
+    assert config.residual_scale == pytest.approx(1.4 / math.sqrt(3), abs=1e-12)
+
+
+def test_norms_inside_mla_have_their_own_eps(tmp_path: Path) -> None:
+    config, _ = read(tmp_path)
+    assert config.mla is not None and (config.rms_eps, config.mla.norm_eps) == (1e-5, 1e-6)
+
+
+def test_v_head_dim_of_the_file_is_ignored(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, n_head=2, nope=20, config={"v_head_dim": 999})
+    assert config.mla is not None and config.mla.v_head_dim == 32
+    assert "v_head_dim = 999 is stale" in notes
+
+
+def test_defaults_of_the_authors_code(tmp_path: Path) -> None:
+    dropped = ["norm_scale", "norm_after_router", "rms_norm_eps", "router_act", "hidden_act", "tie_word_embeddings"]
+    config, notes = read(tmp_path, tied=True, norm="sum", config=dict.fromkeys(dropped))
+    assert config.moe is not None
+    assert (config.tied, config.rms_eps, config.moe.router_norm, config.moe.router_norm_scale) == (
+        True,
+        1e-6,
+        "sum",
+        1.0,
+    )
+    assert (config.moe.activation, config.rope_base) == ("silu", 10000.0)
+    assert all(key in notes for key in dropped if key != "norm_scale")
+
+
+def test_missing_norm_name_is_settled_by_the_tensor(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, norm="rms", config={"norm_after_router": None})
+    assert config.moe is not None and config.moe.router_norm == "rms"
+    assert "the tensors router_norm.weight say rms" in notes
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_missing_attention_type_is_settled_by_the_tensors(tmp_path: Path, attention: str) -> None:
+    config, _ = read(tmp_path, attention=attention, config={"attention_type": None})
+    assert (config.mla is not None) == (attention == "mla")
+
+
+def test_remoe_counts_the_shared_experts(tmp_path: Path) -> None:
+    config, _ = read(tmp_path, family="remoe", n_expert=5, n_shared=2, expert_dim=24)
+    assert config.moe is not None
+    assert (config.moe.n_expert, config.moe.shared_dim, config.moe.router_norm) == (5, 48, "none")
+
+
+def test_linear_rope(tmp_path: Path) -> None:
+    config, _ = read(tmp_path, config={"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
+
+
+def test_dynamic_rope_names_its_limit(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, config={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    assert (config.rope_scaling, config.rope_factor) == ("dynamic", 2.0)
+    assert "up to 256 tokens of context, not beyond" in notes
+
+
+def test_keys_without_influence_are_named(tmp_path: Path) -> None:
+    _, notes = read(tmp_path, config={"favourite_colour": "blue"})
+    assert "favourite_colour" in notes
+
+
+def test_deco_believes_the_keys_that_shapes_confirm(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO)
+    assert (config.n_layer, config.n_head_kv, config.dense_dim) == (2, 4, (96, 0))
+    assert "believed num_layers = 2 and not num_hidden_layers = 32: the tensors have 2 layers" in notes
+    assert "believed num_query_groups = 4 and not num_key_value_heads = 2" in notes
+    assert "believed ffn_hidden_size = 96 and not intermediate_size = 10240" in notes
+
+
+def test_deco_may_also_be_right_in_the_old_keys(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, config={"num_layers": 9, "num_hidden_layers": 2})
+    assert config.n_layer == 2 and "believed num_hidden_layers = 2 and not num_layers = 9" in notes
+
+
+@pytest.mark.parametrize("key", ["num_layers", "num_query_groups", "ffn_hidden_size"])
+def test_deco_without_the_new_key_needs_a_right_old_one(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BlockffnError, match="the tensors show"):
+        read(tmp_path, **DECO, config={key: None})
+
+
+def test_deco_gate_is_decided_by_the_tensor(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, gated=True, config={"expert_not_gated": None})
+    assert config.moe is not None and config.moe.gated
+    assert "expert_gate_proj is there" in notes
+    config, notes = read(tmp_path, **DECO, gated=True, config={"expert_not_gated": True})
+    assert config.moe is not None and config.moe.gated
+    assert "not believed" in notes
+
+
+def test_deco_router_variants(tmp_path: Path) -> None:
+    fixed, _ = read(tmp_path / "fixed", **DECO, router_fixed=True)
+    scalar, _ = read(tmp_path / "scalar", **DECO, router_scalar=True)
+    unused, _ = read(tmp_path / "null", **(DECO | {"norm": "null"}))
+    normal, notes = read(tmp_path / "normal", **(DECO | {"norm": "normal"}))
+    assert fixed.moe and scalar.moe and unused.moe and normal.moe
+    assert (fixed.moe.router_scale, fixed.moe.router_weight) == (0.75, 0)
+    assert (scalar.moe.router_scale, scalar.moe.router_weight) == (1.0, 1)
+    assert (unused.moe.router_norm, unused.moe.router_weight) == ("none", 0)
+    assert normal.moe.router_norm == "normal" and "dense by nature" in notes
+
+
+def test_unused_router_norm_of_deco(tmp_path: Path) -> None:
+    from blockffn.convert import load_canonical
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.router_norm.weight"] = torch.ones(7)
+
+    _, tensors = load_canonical(write_checkpoint(tmp_path, **(DECO | {"norm": "null"}), edit=add))
+    assert "layers.1.router_norm" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([0, 1, 1], [0, 1, 1]),
+        ("[0]*1+[1]*2", [0, 1, 1]),
+        ("([0] + [1, 1])", [0, 1, 1]),
+        ("2*[0]+[1]", [0, 0, 1]),
+        ("([0]+[1])*2", [0, 1, 0, 1]),
+    ],
+)
+def test_layer_freq(value: object, expected: list[int]) -> None:
+    assert parse_layer_freq(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "__import__('os').system('true')", "[0]*10**9", "[x for x in (1,)]", "[0]*-1", "[2]", "1", 1, "", "[[0]]",
+        "[0]*99999", "[0]+1", [0, True], "[0" * 200, "lambda: [0]", None,
+    ],
+)  # fmt: skip
+def test_layer_freq_is_never_evaluated(value: object) -> None:
+    with pytest.raises(BlockffnError, match="moe_layer_freq: expected a list of 0 and 1"):
+        parse_layer_freq(value)
