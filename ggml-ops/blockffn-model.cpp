@@ -167,11 +167,10 @@ void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer
                                  ", which marks a layer of experts, but blockffn.expert_count is 0");
     }
     layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP, "weight", il), { n_embd, n_expert }, 0);
-    // the factor on the scores: one per expert, one for all, or none
+    // the factor on the scores: one per expert, one for all, or none (a constant travels as router.scale, with any norm)
     const auto name       = tn(LLM_TENSOR_FFN_ROUTER_NORM, "weight", il);
     const auto meta       = ml.get_tensor_meta(name.str().c_str());
-    const int  factor     = bf.router_norm == BLOCKFFN_ROUTER_NORM_RMS ? 0 : TENSOR_NOT_REQUIRED;
-    layer.ffn_router_norm = create_tensor(name, { meta && meta->ne[0] == 1 ? 1 : n_expert }, factor);
+    layer.ffn_router_norm = create_tensor(name, { meta && meta->ne[0] == 1 ? 1 : n_expert }, TENSOR_NOT_REQUIRED);
     const int bias        = bf.router_bias == BLOCKFFN_ROUTER_BIAS_NONE ? TENSOR_NOT_REQUIRED : 0;
     layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias", il), { n_expert }, bias);
 
