@@ -22,14 +22,10 @@ class PieceTokenizer(LlamaTokenizer):
         self._pieces: dict[tuple[int, bool], bytes] = {}
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        """Return the bytes of `tokens`; `prev_tokens` are the tokens before them in the text."""
-        output = b"".join(self.piece(token, special) for token in tokens)
-        before = prev_tokens or []
-        first = before[0] if before else tokens[0] if tokens else None
-        # SentencePiece puts a space before a text; it is dropped after a begin-of-sequence token.
-        if first == self._bos and output[:1] == b" " and not any(self.piece(token, special) for token in before):
-            return output[1:]
-        return output
+        """Return the bytes of `tokens`; a text that starts with the begin-of-text token loses its first space."""
+        output = b"".join([self.piece(token, special) for token in tokens])
+        starts = bool(tokens) and tokens[0] == self._bos and output[:1] == b" "
+        return output[1:] if starts else output
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes of one token; control tokens are empty unless `special`."""

@@ -74,14 +74,12 @@ def _generate(
     import llama_cpp
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    history = list(tokens)
     meter.start()
     for token in llm.generate(tokens, **common.sampling(args)):
         meter.token()
         if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
             break
-        yield decoder.decode(llm.detokenize([token], prev_tokens=history))
-        history.append(token)
+        yield decoder.decode(llm.detokenize([token]))
         if meter.n_tokens >= limit:
             break
     yield decoder.decode(b"", final=True)

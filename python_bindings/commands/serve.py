@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> list[str]:
     """Return the command line of llama-server."""
+    if args.model is not None and not Path(args.model).is_file():
+        raise BlockffnError(f"{args.model}: no such file")
     line = [str(library.program("llama-server"))]
     if args.model is not None:
-        if not Path(args.model).is_file():
-            raise BlockffnError(f"{args.model}: no such file")
         line += ["--model", args.model]
     if args.ffn == "dense":
         line += ["--override-kv", f"{gguf_contract.key(gguf_contract.FFN_DENSE)}=bool:true"]
