@@ -1,0 +1,213 @@
+"""The written file: types, keys, streaming, splitting, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from gguf import GGUFReader, quants
+
+from blockffn.cli import main
+from blockffn.convert import convert_checkpoint, load_canonical, writer
+from blockffn.errors import BlockffnError
+
+DECO: dict[str, Any] = {"family": "deco", "norm": "simple", "attention": "gqa", "n_head": 4, "n_head_kv": 2}
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def values(path: Path, name: str) -> np.ndarray[Any, Any]:
+    tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
+    return quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "auto"])
+def test_outtypes(tmp_path: Path, outtype: str, stored: str) -> None:
+    """Each value is the nearest one of the output type; auto keeps the stored type."""
+    source = write_checkpoint(tmp_path / "m", dtype=stored)
+    report = convert_checkpoint(source, tmp_path / "m.gguf", outtype=outtype)
+    assert report.outtype == (stored if outtype == "auto" else outtype)
+    _, tensors = load_canonical(source)
+    original = tensors["layers.0.q_a"].float()
+    expected = {
+        "f32": lambda: original,
+        "f16": lambda: original.half().float(),
+        "bf16": lambda: original.bfloat16().float(),
+        "q8_0": lambda: torch.from_numpy(quants.dequantize(quants.quantize(original.numpy(), 8), 8)),
+         # type: ignore[arg-type]
+    }[report.outtype]()
+    np.testing.assert_array_equal(values(tmp_path / "m.gguf", "blk.0.attn_q_a.weight"), expected.numpy())
+
+
+def test_rows_that_q8_0_cannot_hold_stay_f16(tmp_path: Path) -> None:
+    report = convert_checkpoint(write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", outtype="q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types["blk.0.attn_q_b.weight"] == "F16" and types["blk.0.attn_q_a.weight"] == "Q8_0"  # rows of 24 and of 64
+    assert any("stay F16 instead of Q8_0: blk.0.attn_q_b.weight" in note for note in report.notes)
+
+
+def test_keys_of_a_blockffn_model(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", n_head=2, config={"rope_scaling": {"type": "linear", "factor": 2.0}})
+    convert_checkpoint(source, tmp_path / "m.gguf", outtype="f16")
+    found = fields(tmp_path / "m.gguf")
+    expected = {
+        "general.architecture": "blockffn", "general.name": "tiny", "general.file_type": 1, "blockffn.block_count": 2,
+        "blockffn.attention.head_count": 2, "blockffn.attention.head_count_kv": 1, "blockffn.attention.key_length": 32,
+        "blockffn.attention.value_length": 16, "blockffn.attention.key_length_mla": 48,
+        "blockffn.attention.value_length_mla": 32, "blockffn.attention.q_lora_rank": 24,
+        "blockffn.attention.kv_lora_rank": 16, "blockffn.rope.dimension_count": 16, "blockffn.feed_forward_length": 0,
+        "blockffn.rope.scaling.type": "linear", "blockffn.rope.scaling.factor": 2.0, "blockffn.expert_count": 7,
+        "blockffn.expert_used_count": 7, "blockffn.expert_feed_forward_length": 32,
+        "blockffn.expert_activation": "silu",
+        "blockffn.expert_layout": "expert", "blockffn.router.norm": "rms", "blockffn.router.bias_method": "none",
+        "blockffn.embedding_scale": 12.0, "blockffn.logit_scale": 0.5, "blockffn.hidden_activation": "silu",
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert found["blockffn.residual_scale"] == pytest.approx(1.4 / 2**0.5, rel=1e-6)
+    assert found["blockffn.attention.lora_layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+
+
+def test_dynamic_rope_travels_as_its_own_key(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m", config={"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    convert_checkpoint(source, tmp_path / "m.gguf")
+    found = fields(tmp_path / "m.gguf")
+    assert found["blockffn.rope.scaling.type"] == "none" and found["blockffn.rope.scaling.dynamic_factor"] == 2.0
+
+
+def test_digest_of_the_source(tmp_path: Path) -> None:
+    """general.source.sha256 is what `sha256sum FILES | sha256sum` prints."""
+    source = write_checkpoint(tmp_path / "m", fmt="safetensors_sharded")
+    report = convert_checkpoint(source, tmp_path / "m.gguf")
+    names = ["config.json", *(f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)), "tokenizer.model"]
+    names.append("tokenizer_config.json")
+    lines = [f"{hashlib.sha256((source / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert fields(tmp_path / "m.gguf")["general.source.sha256"] == report.sha256 == expected
+
+
+def test_metadata_file(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    extra = tmp_path / "extra.json"
+    extra.write_text(json.dumps({"general.license": "mit", "general.tags": ["a", "b"], "general.name": "Other"}))
+    convert_checkpoint(source, tmp_path / "m.gguf", metadata=extra)
+    found = fields(tmp_path / "m.gguf")
+    assert (found["general.license"], found["general.tags"], found["general.name"]) == ("mit", ["a", "b"], "Other")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"blockffn.logit_scale": 1.0}', '{"general.file_type": 0}', "[]", '{"general.x": null}']
+)
+def test_metadata_cannot_change_the_model(tmp_path: Path, content: str) -> None:
+    (tmp_path / "extra.json").write_text(content)
+    with pytest.raises(BlockffnError, match=r"extra\.json"):
+        convert_checkpoint(write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", metadata=tmp_path / "extra.json")
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_checkpoint(tmp_path / "m", **DECO)
+    assert main(["convert", str(source), "--outfile", str(tmp_path / "m.gguf"), "--dry-run", "--outtype", "q8_0"]) == 0
+    printed = capsys.readouterr().out
+    assert "blk.1.ffn_act_mean.weight" in printed and "would write" in printed
+    assert "believed num_layers = 2 and not num_hidden_layers = 32" in printed
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_vocab_only(tmp_path: Path) -> None:
+    convert_checkpoint(write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", vocab_only=True)
+    reader = GGUFReader(tmp_path / "m.gguf")
+    assert not reader.tensors and len(reader.fields["tokenizer.ggml.tokens"].contents()) == 512
+
+
+def test_split_holds_the_same_tensors(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    convert_checkpoint(source, tmp_path / "whole.gguf")
+    report = convert_checkpoint(source, tmp_path / "part.gguf", split_max_size=150_000)
+    count = len(report.files)
+    assert count > 2 and [file.name for file in report.files] == [
+        f"part-{k:05d}-of-{count:05d}.gguf" for k in range(1, count + 1)
+    ]
+    parts = [GGUFReader(file) for file in report.files]
+    merged = {tensor.name: tensor.data.tobytes() for part in parts for tensor in part.tensors}
+    whole = GGUFReader(tmp_path / "whole.gguf")
+    assert merged == {tensor.name: tensor.data.tobytes() for tensor in whole.tensors}
+    assert [part.fields["split.no"].contents() for part in parts] == list(range(count))
+    assert all(part.fields["split.tensors.count"].contents() == len(whole.tensors) for part in parts)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("split", [0, 100_000])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+def test_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException], split: int
+) -> None:
+    """The old file survives; no partial one appears."""
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    (target / "m.gguf").write_text("old")
+    encode, calls = writer._encode_piece, [0]
+
+    def fail(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise error
+        return encode(*args)
+
+    monkeypatch.setattr(writer, "_encode_piece", fail)
+    with pytest.raises((BlockffnError, KeyboardInterrupt, MemoryError)):
+        convert_checkpoint(source, target / "m.gguf", split_max_size=split)
+    assert leftovers(target) == ["m.gguf"] and (target / "m.gguf").read_text() == "old"
+
+
+def test_failed_rename_takes_the_other_parts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    replace, calls = writer.os.replace, [0]
+
+    def fail(old: Path, new: Path) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(5, "Input/output error")
+        replace(old, new)
+
+    monkeypatch.setattr(writer.os, "replace", fail)
+    with pytest.raises(BlockffnError, match="Input/output error"):
+        convert_checkpoint(source, target / "m.gguf", split_max_size=100_000)
+    assert leftovers(target) == []
+
+
+def test_full_disk_is_noticed_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writer, "_write_data", None)  # would fail if it were reached
+    with pytest.raises(BlockffnError, match="not enough space"):
+        convert_checkpoint(source, tmp_path / "m.gguf")
+
+
+def test_existing_file_is_replaced(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    (tmp_path / "m.gguf").write_text("old")
+    convert_checkpoint(source, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
+    assert leftovers(tmp_path) == ["m", "m.gguf"]
+
+
+def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with writer._Progress(10**9) as progress:
+        for _ in range(100):
+            progress.add(10**7)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and lines[-1] == "convert: 100 % of 1.00 GB written"
