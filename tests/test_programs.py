@@ -1,0 +1,166 @@
+"""llama.cpp's programs with our models: quantized types, imatrix, perplexity, bench, completion."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+
+import blockffn
+from blockffn import library
+from blockffn.quantize import plan, quantize
+
+# NMSE of the logits against F32: measured on this model, with a margin of about 3.
+BOUNDS = {
+    "F16": 1e-5,
+    "BF16": 1e-3,
+    "Q8_0": 1e-3,
+    "Q6_K": 0.01,
+    "Q5_K_M": 0.03,
+    "Q4_K_M": 0.1,
+    "Q4_0": 0.15,
+    "IQ4_NL": 0.1,
+}
+TEXT = [1, *range(30, 110)]
+PROSE = "def add(a, b):\n    return a + b\n\nThe sum of two numbers is what remains when nothing is taken away.\n"
+
+
+@pytest.fixture(scope="module", params=["expert", "dense"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 BlockFFN model whose rows fit K-quants, but for the down projections (expert rows of 64)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shape = {"n_embd": 256, "n_head": 2, "n_expert": 8, "expert_dim": 64, "kv_lora": 256, "q_lora": 256}
+    source = write_checkpoint(folder / "source", **shape)
+    blockffn.convert.convert_checkpoint(source, folder / "model.gguf", outtype="f32", layout=request.param)
+    return folder / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(PROSE * 40)
+    return path
+
+
+def run(name: str, *arguments: str | Path, timeout: float = 120) -> str:
+    """Run a program with one thread and return what it printed on both channels."""
+    command = [library.program(name), *arguments, "-t", "1"]
+    result = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def logits(model: Path) -> np.ndarray:
+    llm = blockffn.Llama(model, n_threads=1)
+    try:
+        return llm.logits(TEXT)
+    finally:
+        llm.close()
+
+
+def nmse(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(((found - expected) ** 2).sum() / (expected**2).sum())
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_quantized_types(model: Path, kind: str, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "q.gguf", kind)
+    error = nmse(logits(tmp_path / "q.gguf"), logits(model))
+    assert 0 < error < BOUNDS[kind]
+
+
+def test_expert_rows_that_do_not_fit_fall_back(model: Path) -> None:
+    steps = plan(model, "Q4_K_M")
+    down = {t.type for t in steps.fallbacks if ".ffn_down" in t.source.name}
+    is_dense = any(".ffn_down.weight" in t.source.name for t in steps.tensors)
+    assert down == (set() if is_dense else {"Q5_0", "Q8_0"})  # rows of 64; of 512 in the dense layout
+    assert not any(".ffn_up" in t.source.name for t in steps.fallbacks)
+
+
+@pytest.fixture(scope="module")
+def imatrix(model: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    run("llama-imatrix", "-m", model, "-f", prose, "-o", path, "-c", "128", "--chunks", "4")
+    return path
+
+
+def test_imatrix_sees_every_expert_tensor(model: Path, imatrix: Path) -> None:
+    import gguf
+
+    reader = gguf.GGUFReader(imatrix)
+    seen = {tensor.name.removesuffix(".in_sum2") for tensor in reader.tensors if tensor.name.endswith(".in_sum2")}
+    ours = {tensor.name for tensor in gguf.GGUFReader(model).tensors if re.search("ffn_(up|down)", tensor.name)}
+    assert ours and ours <= seen
+    for tensor in reader.tensors:
+        assert np.isfinite(tensor.data).all() and (tensor.data >= 0).all() and tensor.data.any(), tensor.name
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ4_NL", "IQ2_S"])
+def test_quantized_with_imatrix(model: Path, imatrix: Path, kind: str, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "q.gguf", kind, imatrix=imatrix)
+    assert nmse(logits(tmp_path / "q.gguf"), logits(model)) < BOUNDS.get(kind, 1.0)
+
+
+def test_perplexity_agrees_with_our_logits(model: Path, prose: Path) -> None:
+    """llama-perplexity scores the second half of each window of 128 tokens."""
+    output = run("llama-perplexity", "-m", model, "-f", prose, "-c", "128", "-b", "128", "--chunks", "3")
+    reported = float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1])  # type: ignore[index]
+    llm = blockffn.Llama(model, n_threads=1)
+    tokens = llm.tokenize(prose.read_bytes())
+    losses = []
+    for start in (0, 128, 256):
+        window = [llm.token_bos(), *tokens[start + 1 : start + 128]]
+        rows = llm.logits(window).astype(np.float64)
+        log_sum = np.log(np.exp(rows - rows.max(1, keepdims=True)).sum(1)) + rows.max(1)
+        losses += [log_sum[i] - rows[i, window[i + 1]] for i in range(64, 127)]
+    llm.close()
+    assert reported == pytest.approx(float(np.exp(np.mean(losses))), rel=2e-3)
+
+
+def test_bench(model: Path) -> None:
+    output = run("llama-bench", "-m", model, "-p", "32", "-n", "8", "-r", "1", "-o", "json")
+    rows = json.loads(output[output.index("[\n") :])
+    assert {(row["n_prompt"], row["n_gen"]) for row in rows} == {(32, 0), (0, 8)}
+    assert all(row["avg_ts"] > 0 and "blockffn" in row["model_type"].lower() for row in rows)
+
+
+@pytest.mark.parametrize("override", [[], ["--override-kv", "blockffn.ffn_dense=bool:true"]])
+def test_completion_equals_ours(model: Path, override: list[str]) -> None:
+    arguments = [
+        "-p",
+        "def add",
+        "-n",
+        "12",
+        "--temp",
+        "0",
+        "--no-warmup",
+        "-no-cnv",
+        "--simple-io",
+        "--no-display-prompt",
+    ]
+    output = run("llama-completion", "-m", model, "-fa", "off", *arguments, *override)
+    llm = blockffn.Llama(model, n_threads=1)
+    expected = llm.create_completion("def add", max_tokens=12, temperature=0.0)["choices"][0]["text"]
+    llm.close()
+    assert expected.strip() in output
+
+
+def test_split_and_merged(model: Path, tmp_path: Path) -> None:
+    split = [library.program("llama-gguf-split"), "--split-max-tensors", "9", model, tmp_path / "part"]
+    subprocess.run(list(map(str, split)), check=True, capture_output=True)
+    first = min(tmp_path.iterdir())
+    assert np.array_equal(logits(first), logits(model))
