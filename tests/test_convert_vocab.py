@@ -40,7 +40,11 @@ def texts(count: int) -> list[str]:
 
 
 def keys(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items() if name.startswith("tokenizer.")}
+    """All tokenizer keys but the normalization table, whose 240,000 bytes the reader returns one by one."""
+    fields = GGUFReader(path).fields.items()
+    return {
+        name: field.contents() for name, field in fields if name.startswith("tokenizer.") and "charsmap" not in name
+    }
 
 
 def open_vocab(path: Path) -> blockffn.Llama:
