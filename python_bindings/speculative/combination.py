@@ -10,7 +10,8 @@ repeats itself, run the draft model where it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +33,10 @@ class Combination(Drafter):
         self.wants_hidden = any(drafter.wants_hidden for drafter in self.drafters)
         self._asked: Drafter | None = None
 
-    def attach(self, n_vocab: int, vocab: Callable[[], list[bytes]]) -> None:
+    def attach(self, llm: Any) -> None:
         """Pass on to every drafter."""
         for drafter in self.drafters:
-            drafter.attach(n_vocab, vocab)
+            drafter.attach(llm)
 
     def reset(self) -> None:
         """Pass on to every drafter."""
@@ -61,6 +62,10 @@ class Combination(Drafter):
         """Tell the drafter whose draft was verified."""
         if self._asked is not None:
             self._asked.observe(proposed, accepted)
+
+    def known_states(self) -> int:
+        """Return the least of what the drafters know."""
+        return min(drafter.known_states() for drafter in self.drafters if drafter.wants_hidden)
 
     def hidden(self, first: int, states: npt.NDArray[np.float32]) -> None:
         """Pass on to the drafters that want hidden states."""

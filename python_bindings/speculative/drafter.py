@@ -14,8 +14,8 @@ A drafter sees only verified text. The loop calls, for each generation::
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,8 @@ class Drafter:
     max_nodes = 16  # the largest draft that is worth asking for
     wants_hidden = False  # does `hidden` have to be called?
 
-    def attach(self, n_vocab: int, vocab: Callable[[], list[bytes]]) -> None:
-        """Meet the target once: the size of its vocabulary, and its token texts on request."""
+    def attach(self, llm: Any) -> None:
+        """Meet the target, a blockffn.Llama, before the first generation with it."""
 
     def reset(self) -> None:
         """Forget everything."""

@@ -41,22 +41,22 @@ class Speculative:
     """Mixin for a subclass of llama_cpp.Llama; see the module's docstring."""
 
     _loop: Loop | None = None
+    _sequences = 1  # of the cache; all hold the same text between two steps
     exact: bool = False
 
     def set_up_speculation(self: Any, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
         """Use `drafter` from now on (None: plain decoding). `plan` fixes the draft of every step, for experiments."""
         used = drafter or Drafter()
-        n_seq = used.max_nodes if used.can_tree else 1
-        if (self._loop is None and (n_seq > 1 or exact)) or (
-            self._loop is not None and self._loop.target.n_seq < n_seq
-        ):
-            _replace_context(self, n_seq, exact)
-        if exact:
-            _set_exact(self._ctx.ctx)
-        self.exact, self.drafter = exact, drafter
+        n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
+        flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
+            _replace_context(self, n_seq)
+        if exact != self.exact:
+            _set_exact(self._ctx.ctx, exact)
+        self.exact, self.drafter, self._sequences = exact, drafter, n_seq
         target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden)
         sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
-        used.attach(self._n_vocab, lambda: _vocabulary(self))
+        used.attach(self)
         self._loop = Loop(self, target, used, Policy(used.max_nodes, sizes, plan), _union_counter(self))
 
     def speculation(self) -> dict[str, Any]:
@@ -163,14 +163,8 @@ def _end_of_text(llm: Any) -> Callable[[int], bool]:
     return check
 
 
-def _vocabulary(llm: Any) -> list[bytes]:
-    """Return the text of every token of a model."""
-    text, vocab = library.load().llama_vocab_get_text, llm._model.vocab
-    return [bytes(text(vocab, token)) for token in range(llm._n_vocab)]
-
-
 def _union_counter(llm: Any) -> Callable[[], float] | None:
-    """Return a function that reads how many experts were loaded so far, a mean over the layers; None without experts."""
+    """Return a function that reads how many experts were loaded so far (mean over the layers), None without experts."""
     layers = getattr(llm, "n_moe_layers", 0)
     if not layers:
         return None
@@ -187,25 +181,27 @@ def _union_counter(llm: Any) -> Callable[[], float] | None:
     return count
 
 
-def _replace_context(llm: Any, n_seq: int, exact: bool) -> None:
-    """Give the model a new, empty context with `n_seq` sequences in one cache."""
+def _replace_context(llm: Any, n_seq: int) -> None:
+    """Give the model a new, empty context with `n_seq` sequences in one cache, and flash attention.
+
+    Flash attention does not transpose the values in the cache, so that accepted paths can be moved together.
+    """
     from llama_cpp import _internals as internals
 
     params = llm.context_params
     params.n_seq_max = n_seq
     params.kv_unified = True
-    if exact:
-        params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
     llm._ctx.close()
     llm._ctx = llm._stack.enter_context(
         contextlib.closing(internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose))
     )
-    llm.n_tokens, llm._requires_eval = 0, True
+    llm.n_tokens, llm._requires_eval, llm.exact = 0, True, False
     if hasattr(llm, "apply_adapters"):
         llm.apply_adapters(llm._ctx.ctx)
 
 
-def _set_exact(ctx: int) -> None:
+def _set_exact(ctx: int, exact: bool) -> None:
     """Choose kernels whose result for a token does not depend on the other tokens of the batch (see patches/)."""
     native = getattr(library.load()._lib, "llama_set_batch_invariant", None)
     if native is None:
@@ -214,4 +210,4 @@ def _set_exact(ctx: int) -> None:
             "it: this is not the library of the patched tree, or an old one; run `make setup`"
         )
     native.argtypes, native.restype = [ctypes.c_void_p, ctypes.c_bool], None
-    native(ctx, True)
+    native(ctx, exact)

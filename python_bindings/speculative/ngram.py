@@ -84,7 +84,7 @@ class NGramDrafter(Drafter):
     @staticmethod
     def _continuation(tokens: Tokens, start: int, n: int) -> Tokens:
         """Return `n` tokens from `start`; where the text ends, it is continued with the period just found."""
-        found = tokens[start : start + n]
+        found: Tokens = tokens[start : start + n]
         if len(found) == n:
             return found
         return np.resize(tokens[start:], n)

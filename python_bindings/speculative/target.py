@@ -46,7 +46,7 @@ class Target:
         self._leaves: npt.NDArray[np.int32] | None = None
         self._first = 0
         self._pack = _pack_function(self._api._lib)
-        self._nextn = _nextn_functions(ctx) if hidden else None
+        self._nextn = _nextn_function(ctx, hidden)
         self.evaluated = 0  # tokens of the last evaluation
 
     def truncate(self, n: int) -> None:
@@ -86,7 +86,6 @@ class Target:
 
     def hidden(self) -> Floats:
         """Return the states after the final norm of the last evaluation's tokens, float32 [evaluated, n_embd]."""
-        assert self._nextn is not None
         return rows_at(self._nextn(self.ctx), self.evaluated, self.n_embd)
 
     def keep(self, path: list[int], nodes: int) -> None:
@@ -117,9 +116,9 @@ def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | Non
     return cast(Callable[[int, int, int], bool], native)
 
 
-def _nextn_functions(ctx: int) -> Callable[[int], Any]:
-    """Switch on the output of hidden states for every token; return the function that points to them."""
+def _nextn_function(ctx: int, hidden: bool) -> Callable[[int], Any]:
+    """Switch the output of hidden states for every token on or off; return the function that points to them."""
     from llama_cpp import llama_cpp_ext
 
-    llama_cpp_ext.llama_set_embeddings_nextn(ctx, True, False)
+    llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
     return cast(Callable[[int], Any], llama_cpp_ext.llama_get_embeddings_nextn)

@@ -1,0 +1,154 @@
+"""Drafts by a small model with the target's vocabulary, one token after another.
+
+    >>> from blockffn.speculative import ModelDrafter
+    >>> ModelDrafter("no-such-file.gguf").max_nodes      # nothing is loaded before a target asks for it
+    8
+
+Its cache is kept in step with the verified text: what was drafted and accepted is not evaluated again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blockffn import library, logs
+from blockffn.errors import BlockffnError
+from blockffn.speculative.draft import EMPTY, Draft, Tokens
+from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.target import Floats, Target
+from blockffn.speculative.vocabulary import check_same
+
+
+class ModelDrafter(Drafter):
+    """Proposes the greedy continuation of a draft model.
+
+    `max_nodes` bounds the draft. With `p_min` > 0 drafting stops before a token whose probability is lower.
+    Raises BlockffnError when the file is no model or its vocabulary is not the target's.
+    """
+
+    name = "model"
+
+    def __init__(self, path: str | Path, max_nodes: int = 8, p_min: float = 0.0, n_threads: int | None = None) -> None:
+        if max_nodes < 1 or not 0.0 <= p_min < 1.0:
+            raise ValueError(f"ModelDrafter: expected max_nodes >= 1 and 0 <= p_min < 1, found {max_nodes}, {p_min}")
+        self.path, self.max_nodes, self.p_min, self.n_threads = str(path), max_nodes, p_min, n_threads
+        self._model: Any = None
+        self._context: Any = None
+
+    def attach(self, llm: Any) -> None:
+        """Load the model (once) and compare its vocabulary with the target's."""
+        if self._model is None:
+            self._model = load_model(self.path)
+        check_same(self.path, self._model.vocab, llm._model.vocab)
+        self.close_context()
+        self._context = open_context(self._model, llm, self.n_threads)
+        capacity = int(self._context.params.n_batch)
+        self._target = Target(self._context.ctx, self._model.n_vocab(), self._model.n_embd(), capacity)
+        self._text = np.empty(llm.n_ctx() + 1, dtype=np.int32)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._cached = 0  # tokens of self._text in the cache
+        self._verified = 0  # of these known to be verified
+
+    def begin(self, tokens: Tokens) -> None:
+        """Keep the cache as far as it agrees with `tokens`."""
+        self._verified = 0
+        self._keep_common(tokens)
+
+    def propose(self, context: Context, n: int) -> Draft:
+        """Return up to `n` tokens, each the most likely one after those before it."""
+        tokens = context.tokens
+        n = min(n, len(self._text) - 1 - len(tokens))
+        self._keep_common(tokens)
+        if n < 1:
+            return EMPTY
+        logits = self._evaluate(tokens[self._cached :])
+        drafted: list[int] = []
+        while True:
+            token = int(logits.argmax())
+            if self.p_min > 0.0 and probability(logits, token) < self.p_min:
+                break
+            drafted.append(token)
+            if len(drafted) == n:
+                break
+            logits = self._evaluate(np.array([token], dtype=np.int32))
+        return Draft.chain(drafted, self.name)
+
+    def _keep_common(self, tokens: Tokens) -> None:
+        """Forget what the cache holds beyond its common beginning with `tokens`; at least the last token is redone."""
+        end = min(self._cached, len(tokens) - 1)
+        start = min(self._verified, end)
+        differs = np.flatnonzero(self._text[start:end] != tokens[start:end])
+        common = start + int(differs[0]) if len(differs) else end
+        if common < self._cached:
+            self._target.truncate(common)
+        self._cached = self._verified = common
+
+    def _evaluate(self, tokens: Tokens) -> Floats:
+        """Append tokens to the cache; return the logits after the last, float32 [n_vocab]."""
+        capacity = self._target.batch.capacity
+        for start in range(0, len(tokens), capacity):
+            part = tokens[start : start + capacity]
+            self._target.evaluate_text(part, self._cached, slice(-1, None))
+            self._text[self._cached : self._cached + len(part)] = part
+            self._cached += len(part)
+        row: Floats = self._target.logits(1)[0]
+        return row
+
+    def close_context(self) -> None:
+        """Free the context; `attach` makes another one."""
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+
+    def close(self) -> None:
+        """Free the model."""
+        self.close_context()
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+
+def probability(logits: Floats, token: int) -> float:
+    """Return the softmax probability of one token."""
+    return 1.0 / float(np.exp(logits - logits[token]).sum())
+
+
+def load_model(path: str) -> Any:
+    """Load a GGUF as llama_cpp's internal LlamaModel; BlockffnError with llama.cpp's reason when it cannot be."""
+    api = library.load()
+    from llama_cpp import _internals as internals
+
+    if not Path(path).is_file():
+        raise BlockffnError(f"{path}: no such file")
+    logs.install(False)
+    with logs.collect() as lines:
+        try:
+            return internals.LlamaModel(path_model=path, params=api.llama_model_default_params(), verbose=False)
+        except ValueError as error:
+            raise BlockffnError(f"{path}: {logs.reason(lines) or error}") from error
+
+
+def open_context(model: Any, llm: Any, n_threads: int | None, **changes: Any) -> Any:
+    """Make a context for a drafter: as long as the target's and with its threads, unless told otherwise."""
+    api = library.load()
+    from llama_cpp import _internals as internals
+
+    params = api.llama_context_default_params()
+    theirs = llm.context_params
+    params.n_ctx = llm.n_ctx()
+    params.n_batch, params.n_ubatch = theirs.n_batch, theirs.n_ubatch
+    params.n_threads, params.n_threads_batch = n_threads or theirs.n_threads, n_threads or theirs.n_threads_batch
+    params.kv_unified = True
+    params.no_perf = True
+    for name, value in changes.items():
+        setattr(params, name, value)
+    try:
+        return internals.LlamaContext(model=model, params=params, verbose=False)
+    except ValueError as error:
+        raise BlockffnError(f"{model.path_model}: no context of {params.n_ctx} tokens: {error}") from error
