@@ -14,6 +14,7 @@ the quartiles divided by the median.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -95,11 +96,9 @@ class Process:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and return its answer; BlockffnError with the cause when the process fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the process has gone: its last line or its log says why
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process has gone: its last line or its log says why
         line = self.process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
         if "error" in answer:
@@ -120,7 +119,8 @@ class Process:
     def close(self) -> None:
         """End the process."""
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a request that a dead process never read
+                self.process.stdin.close()
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()

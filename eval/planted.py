@@ -3,8 +3,8 @@
     >>> from blockffn.eval.planted import SHAPES, text
     >>> SHAPES["1.2b"].n_layer, SHAPES["1.2b"].n_expert
     (35, 56)
-    >>> text(SHAPES["tiny"], 4, start=100)
-    [100, 101, 102, 103]
+    >>> text(SHAPES["tiny"], 4, start=1000)
+    [1000, 1001, 1002, 1003]
 
 What a benchmark needs of a model is its shape and how its tokens share experts; what the weights say is no matter. So
 all weights are random but for a few reserved coordinates of the residual stream, which no attention and no FFN writes
@@ -39,7 +39,7 @@ Array = npt.NDArray[np.float32]
 ACTIVE_SHARE = 0.2  # 1 - TLS
 MEMORY = {1: 0.01, 16: 0.05, 64: 0.45, 256: 0.29, 1024: 0.20}  # length of memory in tokens -> share of the variance
 GROUP = 32  # coordinates per block of a quantized type
-FIRST_TOKEN = 3  # ids below are unknown, begin and end of text
+FIRST_TOKEN = 3 + 256  # ids below are unknown, begin and end of text, and the single bytes
 UNIT = 0.375  # one unit of a reserved coordinate, in the residual stream
 SPREAD = 2.5  # standard deviation of a routing coordinate, in units
 CODE = 6  # absolute value of an identity coordinate, in units

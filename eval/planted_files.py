@@ -26,7 +26,7 @@ from blockffn.eval.planted import PlantedShape
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "planted"
 SHARD_BYTES = 400 << 20
-UNKNOWN, CONTROL, NORMAL = 2, 3, 1  # types of SentencePiece pieces
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of SentencePiece pieces
 BPE = 2  # type of SentencePiece model
 
 Say = Callable[[str], None]
@@ -144,9 +144,10 @@ def _number_shards(folder: Path, weight_map: dict[str, str]) -> None:
 def _sentencepiece(shape: PlantedShape) -> bytes:
     """Return a tokenizer.model of the right size, in the protobuf wire format (sentencepiece_model.proto)."""
     entries = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    entries += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     entries += [(word, -float(i), NORMAL) for i, word in enumerate(planted.pieces(shape))]
     content = b"".join(_field(1, _piece(*entry)) for entry in entries)
-    trainer = bytes([3 << 3, BPE]) + bytes([4 << 3]) + _varint(len(entries))
+    trainer = bytes([3 << 3, BPE]) + bytes([4 << 3]) + _varint(len(entries)) + _varint(35 << 3) + b"\1"  # byte_fallback
     normalizer = _field(1, b"identity") + bytes([3 << 3, 1, 4 << 3, 0, 5 << 3, 1])
     return content + _field(2, trainer) + _field(3, normalizer)
 
