@@ -1,6 +1,6 @@
 """Link the packages under the names they are installed as, for mypy, which cannot follow an editable install.
 
-    python tests/mypy_tree.py    # build/mypy/blockffn/{...python_bindings..., convert, eval, training}
+python tests/mypy_tree.py    # build/mypy/blockffn/{...python_bindings..., convert, eval, training}
 """
 
 from __future__ import annotations
