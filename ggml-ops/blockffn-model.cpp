@@ -454,8 +454,11 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(const llama_layer
 
     ggml_tensor * ids = nullptr;
     if (!flat) {
-        ids = ggml_repeat_4d(ctx0, ggml_arange(ctx0, 0.0f, float(n_expert), 1.0f), n_expert, n, 1, 1);
-        ids = ggml_cast(ctx0, ids, GGML_TYPE_I32);                     // [n_expert, n]
+        // 0, 1, 2, ... for every token; counted up from the scores because llama-imatrix crashes at a node without a
+        // source, as ggml_arange is one
+        ggml_tensor * ones = ggml_scale_bias(ctx0, scores, 0.0f, 1.0f);
+        ids                = ggml_scale_bias(ctx0, ggml_cumsum(ctx0, ones), 1.0f, -1.0f);
+        ids                = ggml_cast(ctx0, ids, GGML_TYPE_I32);      // [n_expert, n]
     }
     const auto project = [&](ggml_tensor * w, ggml_tensor * w_exps) {  // [d, n_expert, n]
         if (flat) {
