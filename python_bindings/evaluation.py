@@ -29,14 +29,18 @@ MAX_LOGIT_BYTES = 64 << 20  # logits that llama.cpp holds at a time
 MIN_CONTEXT = 512  # smallest context that is created, so that short texts of growing length share it
 
 
+def batch_size(n_vocab: int) -> int:
+    """Return how many tokens are evaluated at a time, so that their float32 logits stay below MAX_LOGIT_BYTES."""
+    return min(512, max(16, MAX_LOGIT_BYTES // (4 * n_vocab)))
+
+
 class Evaluator:
     """Evaluates token sequences on the weights of `llm`, always from an empty cache. Free it with `close`."""
 
     def __init__(self, llm: Llama) -> None:
         self._llm = cast("Llama", weakref.proxy(llm))  # the model owns this object
         self._low = library.load()
-        row_bytes = 4 * llm.n_vocab()
-        self._n_batch = int(min(512, max(16, MAX_LOGIT_BYTES // row_bytes)))
+        self._n_batch = batch_size(llm.n_vocab())
         self._n_ctx = 0
         self._ctx: Any = None
         self._batch: Any = None

@@ -14,12 +14,21 @@ import ctypes
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from blockffn import library
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
-_PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*: )+")  # "llama_model_load: error loading model: "
+_PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*: )*(?:error loading model[\w ]*: )?")  # "llama_model_load: error ..."
+
+
+@dataclass
+class Lines:
+    """Messages of llama.cpp, in order."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class _Sink:
@@ -27,7 +36,7 @@ class _Sink:
 
     verbose = False
     level = 0
-    lines: list[str] | None = None
+    lines: Lines | None = None
     callback: Any = None
 
 
@@ -36,7 +45,7 @@ def _receive(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         _Sink.level = level
     message = text.decode("utf-8", errors="replace")
     if _Sink.lines is not None and _Sink.level in (WARN, ERROR):
-        _Sink.lines.append(message.strip())
+        (_Sink.lines.errors if _Sink.level == ERROR else _Sink.lines.warnings).append(message.strip())
     if _Sink.verbose:
         print(message, end="", file=sys.stderr, flush=True)
 
@@ -53,9 +62,9 @@ def install(verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def collect() -> Iterator[list[str]]:
-    """Collect the warnings and errors that llama.cpp logs inside the block, one string each."""
-    before, lines = _Sink.lines, list[str]()
+def collect() -> Iterator[Lines]:
+    """Collect the warnings and errors that llama.cpp logs inside the block."""
+    before, lines = _Sink.lines, Lines()
     _Sink.lines = lines
     try:
         yield lines
@@ -63,10 +72,10 @@ def collect() -> Iterator[list[str]]:
         _Sink.lines = before
 
 
-def reason(lines: list[str]) -> str:
-    """Return the first of the collected lines that says why something failed, without function names."""
-    for line in lines:
-        text = _PREFIX.sub("", line).removeprefix("error loading model: ")
+def reason(lines: Lines) -> str:
+    """Return the first message that says why something failed, errors before warnings, without function names."""
+    for line in (*lines.errors, *lines.warnings):
+        text = _PREFIX.sub("", line)
         if text and not text.startswith(("failed to load model", "exiting due to")):
             return text
     return ""

@@ -222,6 +222,25 @@ def test_chat_keeps_the_history(stock_model: Path, main: Main, monkeypatch: pyte
     assert two.startswith(once) and two != cleared
 
 
+def test_chat_uses_the_template(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints import write_checkpoint
+
+    import blockffn
+
+    source = write_checkpoint(tmp_path / "source")
+    settings = source / "tokenizer_config.json"
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    model = tmp_path / "chat.gguf"
+    blockffn.convert.convert_checkpoint(source, model, outtype="f32")
+    common = ["-m", model, "--temp", "0"]
+    code, answer, notes = chat(main, monkeypatch, "hello\n", *common, "--system", "be brief")
+    assert code == 0 and notes == ""
+    prompt = "[system] be brief\n[user] hello\n[assistant] "
+    expected = main("run", "-t", "1", "-n", "5", *common, "-p", prompt)[1]
+    assert answer.replace("\ufffd", "") == expected.replace("\ufffd", "")
+
+
 def test_chat_context_is_full(stock_model: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, errors = chat(main, monkeypatch, "x" * 400 + "\n", "-m", stock_model, "-c", "256")
     assert code == 1 and "--ctx-size" in errors

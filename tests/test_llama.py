@@ -62,6 +62,12 @@ def test_logits_do_not_depend_on_the_batch_size(llm: blockffn.Llama, monkeypatch
     pieces.close()
 
 
+@pytest.mark.parametrize(("n_vocab", "expected"), [(512, 512), (32768, 512), (73440, 228), (122753, 136), (10**7, 16)])
+def test_llama_cpp_holds_the_logits_of_one_batch_only(n_vocab: int, expected: int) -> None:
+    assert evaluation.batch_size(n_vocab) == expected
+    assert expected == 16 or 4 * expected * n_vocab <= evaluation.MAX_LOGIT_BYTES
+
+
 def test_evaluation_leaves_the_conversation_alone(llm: blockffn.Llama) -> None:
     llm.reset()
     expected = list(itertools.islice(llm.generate(TOKENS[:9], temp=0.0), 6))
@@ -204,6 +210,28 @@ def test_quiet_unless_verbose(stock_model: Path, capfd: pytest.CaptureFixture[st
     assert "llama_model_loader" in capfd.readouterr().err
     blockffn.Llama(stock_model, n_threads=1).close()
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def dynamic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose RoPE would change beyond its trained context of 256."""
+    from checkpoints import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("dynamic")
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    source = write_checkpoint(folder / "source", config=scaling)
+    blockffn.convert.convert_checkpoint(source, folder / "model.gguf", outtype="f32")
+    return folder / "model.gguf"
+
+
+def test_dynamic_rope_is_refused_beyond_the_trained_context(dynamic_model: Path) -> None:
+    with pytest.raises(BlockffnError, match=r"trained context of 256 tokens.*not supported"):
+        blockffn.Llama(dynamic_model, n_ctx=512)
+    llm = blockffn.Llama(dynamic_model, n_threads=1)
+    assert llm.logits(TOKENS * 6).shape[0] == 6 * len(TOKENS)
+    with pytest.raises(BlockffnError, match="trained context of 256 tokens"):
+        llm.logits(TOKENS * 7)
+    llm.close()
 
 
 def test_close_frees_everything_and_may_be_called_twice(stock_model: Path) -> None:
