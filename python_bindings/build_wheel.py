@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PORTABLE = ROOT / "build" / "portable" / "bin"
 STAGE = ROOT / "build" / "wheel"
 PACKAGES = ("python_bindings", "convert", "eval", "training")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
@@ -66,11 +67,10 @@ def openmp_library(folder: Path) -> Path | None:
     return Path(match[1]) if match else None
 
 
-def stage(profile: str, folder: Path) -> None:
-    """Copy the sources and the build of `profile` to `folder`, ready for setuptools."""
-    built = ROOT / "build" / profile / "bin"
+def stage(built: Path, folder: Path) -> None:
+    """Copy the sources, and the libraries and programs in `built`, to `folder`, ready for setuptools."""
     if not (built / BINDING).exists():
-        sys.exit(f"error: {built / BINDING} is missing: run `make BUILD_PROFILE={profile} setup`")
+        sys.exit(f"error: {built / BINDING} is missing: run `make BUILD_PROFILE=portable setup`")
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "build_wheel.py")
     for name in PACKAGES:
@@ -110,12 +110,12 @@ def pip_wheel(source: Path, out: Path, backend: str, environment: dict[str, str]
 def main() -> None:
     """Build both wheels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--profile", default="portable", help="build/<profile>/bin (default: portable)")
+    parser.add_argument("--bin", type=Path, default=PORTABLE, help="what to pack (default: build/portable/bin)")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheels (default: dist)")
     parser.add_argument("--stage", type=Path, default=STAGE, help="folder to work in (default: build/wheel)")
     parser.add_argument("--only-blockffn", action="store_true", help="not the llama_cpp binding")
     args = parser.parse_args()
-    stage(args.profile, args.stage)
+    stage(args.bin, args.stage)
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("blockffn-*.whl"):
         old.unlink()

@@ -21,10 +21,9 @@ CLEAN = {name: value for name, value in os.environ.items() if not re.match("BLOC
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the profile that the tests run on (`make wheel` packs the portable one)."""
+    """The wheel of the libraries that the tests run on (`make wheel` packs the portable ones)."""
     folder = tmp_path_factory.mktemp("wheel")
-    profile = library.directory().parent.name
-    command = [sys.executable, str(ROOT / "python_bindings" / "build_wheel.py"), "--profile", profile]
+    command = [sys.executable, str(ROOT / "python_bindings" / "build_wheel.py"), "--bin", str(library.directory())]
     command += ["--out", str(folder / "dist"), "--stage", str(folder / "stage"), "--only-blockffn"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
