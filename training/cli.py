@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockffn.errors import BlockffnError
+
+if TYPE_CHECKING:
+    from blockffn.training.loop import TrainingLoop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out ``blockffn train``; returns the exit code. Raises BlockffnError for anything wrong with the input."""
-    from blockffn.training.config import read_config
-    from blockffn.training.trainer import Trainer
-
-    trainer = Trainer(read_config(args.config, _overrides(args.set)))
+    trainer = _trainer(args.config, _overrides(args.set))
     if args.eval_only:
         trainer.resume()
     elif not trainer.train():
@@ -42,9 +43,22 @@ def run(args: argparse.Namespace) -> int:
         trainer.export(args.export)
     from blockffn.training.plots import plot_curve
 
-    plot_curve({trainer.config.model.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
+    plot_curve({args.config.resolve().parent.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
     print(json.dumps(figures) if args.json else summary(figures))
     return 0
+
+
+def _trainer(path: Path, overrides: dict[str, dict[str, object]]) -> TrainingLoop:
+    """The trainer that the file asks for: of a draft head where it has a table [eagle], else of a model."""
+    from blockffn.training.config import read_config, read_tables
+
+    if "eagle" in read_tables(path, overrides):
+        from blockffn.training.eagle import EagleTrainer, read_eagle_config
+
+        return EagleTrainer(read_eagle_config(path, overrides))
+    from blockffn.training.trainer import Trainer
+
+    return Trainer(read_config(path, overrides))
 
 
 def summary(figures: dict[str, object]) -> str:

@@ -40,10 +40,8 @@ def export_checkpoint(folder: Path, decoder: Decoder, tokenizer: Path) -> None:
     for canonical, value in decoder.canonical():
         name, stored = _stored(config, canonical, value.detach().cpu())
         wide = canonical.rpartition(".")[2] == "expert_bias"
-        tensors[name] = stored.to(torch.float32 if wide else torch.bfloat16).contiguous()
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
+        tensors[name] = stored.to(torch.float32 if wide else torch.bfloat16)
+    save_tensors(folder / "model.safetensors", tensors)
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
     texts = {
@@ -63,6 +61,13 @@ def export_checkpoint(folder: Path, decoder: Decoder, tokenizer: Path) -> None:
     }
     for name, values in texts.items():
         write_json(folder / name, values)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata={"format": "pt"})
+    os.replace(partial, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ class TrainingLoop(ABC):
         self.windows = Windows(corpus.train, optimizer.sequence_length, run.seed)
         self.module = module.to(self.device)
         self.optimizers = make_optimizers(named, optimizer)
+        self.random = torch.Generator()  # seeded anew in each step, from seed and step alone
         self.step = 0
         self.seconds = 0.0  # spent in training steps, over all sittings
 
@@ -135,6 +136,7 @@ class TrainingLoop(ABC):
         """One optimizer step over batch_sequences sequences; returns its figures."""
         began, o = time.perf_counter(), self.optimizer
         rate = wsd(self.step, o)
+        self.random.manual_seed(self.run.seed * 1_000_003 + self.step)
         set_learning_rate(self.optimizers, rate)
         totals: dict[str, Any] = {}
         batch = self.windows.batch(self.step * o.batch_sequences, o.batch_sequences)  # [B, T + 1]
@@ -198,10 +200,6 @@ class TrainingLoop(ABC):
         self.set_state(state["adaptive"])
         self.step, self.seconds = state["step"], state["seconds"]
         _cut_log(self.folder / LOG, self.step)
-
-    def generator(self) -> torch.Generator:
-        """Random numbers that depend on seed and step alone."""
-        return torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.step)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 forward passes where the run asks for them."""
