@@ -180,9 +180,11 @@ routing make_routing(const ffn_shape & s, int64_t n, int64_t n_layers) {
 
 // --- candidates -------------------------------------------------------------------------------------------------------
 
+// set once and read in every repetition: as an output too, so that the allocator never gives its memory to another tensor
 ggml_tensor * input(ggml_context * ctx, ggml_type type, int64_t a, int64_t b, int64_t c) {
     ggml_tensor * t = ggml_new_tensor_3d(ctx, type, a, b, c);
     ggml_set_input(t);
+    ggml_set_output(t);
     return t;
 }
 
@@ -257,16 +259,15 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
         ggml_tensor * choice = nullptr;
         ggml_tensor * y      = nullptr;
         if (what == kind::mul_mat_id) {
-            choice = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, r.used, n);
+            choice = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_I32, r.used, n, 1), r.used, n);
             y      = build_mul_mat_id(ctx, w.layers[l], s, x, choice, factors);
         } else {
-            choice = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, s.n_expert, n);
+            choice = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_F32, s.n_expert, n, 1), s.n_expert, n);
             y      = what == kind::dense ?
                          build_dense(ctx, w.layers[l], s, x, choice) :
                          ggml_union_ffn(ctx, x, w.layers[l].up.tensor, nullptr, w.layers[l].down.tensor, choice, nullptr, nullptr,
                                         GGML_UNION_ACT_SILU, 0.0f);
         }
-        ggml_set_input(choice);
         ggml_set_output(y);
         scores.push_back(choice);
         ids.push_back(choice);
@@ -306,7 +307,7 @@ struct bench_row {
 };
 
 bench_row bench_tokens(ggml_backend_t backend, const std::vector<ffn_weights> & weights, const ffn_shape & s, int64_t n,
-                       const bench_args & args) {
+                       const bench_args & args, const std::vector<uint64_t> & stream, std::vector<double> & bandwidth) {
     const int64_t n_layers = n <= MAX_SMALL_N ? (int64_t) weights[0].layers.size() : MIN_LAYERS;
     const routing r        = make_routing(s, n, n_layers);
 
@@ -319,6 +320,8 @@ bench_row bench_tokens(ggml_backend_t backend, const std::vector<ffn_weights> & 
     }
     for (int rep = 0; rep < args.reps + 1; rep++) {
         for (candidate & c : all) {
+            // between two candidates everything else leaves the caches: they share weights
+            bandwidth.push_back(read_bandwidth(stream, args.n_threads));
             const double start = now_ms();
             ggml_backend_graph_compute(backend, c.graph);
             const double ms = (now_ms() - start) / n_layers;
@@ -375,7 +378,7 @@ void print_rows(const std::vector<bench_row> & rows, const ffn_shape & s, ggml_t
     fflush(stdout);
 }
 
-void bench_shape(ggml_backend_t backend, const ffn_shape & s, ggml_type type, const bench_args & args, double & gbs,
+void bench_shape(ggml_backend_t backend, const ffn_shape & s, ggml_type type, const bench_args & args,
                  const std::vector<uint64_t> & stream) {
     const size_t  layer_bytes = 2 * ggml_row_size(type, s.h) * s.d * s.n_expert;
     const int64_t n_layers    = std::max(MIN_LAYERS, (int64_t) (CACHE_BYTES / layer_bytes + 1));
@@ -391,11 +394,9 @@ void bench_shape(ggml_backend_t backend, const ffn_shape & s, ggml_type type, co
     std::vector<bench_row> rows;
     std::vector<double>    bandwidth;
     for (int64_t n : args.tokens) {
-        bandwidth.push_back(read_bandwidth(stream, args.n_threads));
-        rows.push_back(bench_tokens(backend, weights, s, n, args));
+        rows.push_back(bench_tokens(backend, weights, s, n, args, stream, bandwidth));
     }
-    gbs = std::max(gbs, median(bandwidth));
-    print_rows(rows, s, type, gbs, args);
+    print_rows(rows, s, type, median(bandwidth), args);
 }
 
 std::vector<std::string> split(const std::string & text) {
@@ -455,17 +456,13 @@ int main(int argc, char ** argv) {
     ggml_backend_t backend = ggml_backend_cpu_init();
     ggml_backend_cpu_set_n_threads(backend, args.n_threads);
     const std::vector<uint64_t> stream(CACHE_BYTES / sizeof(uint64_t), 1);
-    double                      gbs = 0.0;
-    for (int i = 0; i < 3; i++) {
-        gbs = std::max(gbs, read_bandwidth(stream, args.n_threads));
-    }
     for (const std::string & shape : split(args.shapes)) {
         const ffn_shape * found = std::find_if(std::begin(SHAPES), std::end(SHAPES), [&](const ffn_shape & s) { return shape == s.name; });
         if (found == std::end(SHAPES)) {
             return usage(("unknown shape " + shape).c_str());
         }
         for (const std::string & type : split(args.types)) {
-            bench_shape(backend, *found, type_named(type), args, gbs, stream);
+            bench_shape(backend, *found, type_named(type), args, stream);
         }
     }
     ggml_backend_free(backend);
