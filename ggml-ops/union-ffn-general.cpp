@@ -1,0 +1,98 @@
+// Kernels for every weight type: ggml's vec_dot on plain rows, upstream's gemv on the packed rows of CPU_REPACK; and
+// the choice of the kernel for a weight.
+#include "ggml-backend.h"
+#include "ggml-cpu-impl.h"
+#include "repack.h"
+#include "union-ffn-kernels.h"
+#include "union-ffn-op.h"
+
+#include <cmath>
+
+namespace {
+
+// an activation row: the factor, then the row in w.act_type
+constexpr size_t ACT_HEAD = 64;
+
+size_t general_act_size(const union_weight & w, int64_t k) {
+    return ACT_HEAD + union_align(ggml_row_size(w.act_type, k));
+}
+
+void general_act_pack(const union_weight & w, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
+    *(float *) act = factor;
+    w.from_float(x, (char *) act + ACT_HEAD + ggml_row_size(w.act_type, first), n);
+}
+
+void vec_dot_rows(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
+                  float * const * acc, const char *) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        for (int64_t t = 0; t < n_act; t++) {
+            float sum = 0.0f;
+            w.vec_dot((int) w.k, &sum, 0, rows + r * w.row_size, 0, (const char *) act[t] + ACT_HEAD, 0, 1);
+            acc[t][r] = std::fma(*(const float *) act[t], sum, acc[t][r]);
+        }
+    }
+}
+
+// Upstream's gemm kernels take four activation rows at once, but round differently from gemv: not batch-invariant.
+void gemv_rows(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
+               float * const * acc, const char *) {
+    constexpr int64_t SPAN = 64;  // rows per call, a multiple of every group
+    float             sums[SPAN];
+    for (int64_t r = 0; r < n_rows; r += SPAN) {
+        const int64_t n = std::min(SPAN, n_rows - r);
+        for (int64_t t = 0; t < n_act; t++) {
+            w.gemv((int) w.k, sums, n, rows + r * w.row_size, (const char *) act[t] + ACT_HEAD, 1, (int) n);
+            for (int64_t i = 0; i < n; i++) {
+                acc[t][r + i] = std::fma(*(const float *) act[t], sums[i], acc[t][r + i]);
+            }
+        }
+    }
+}
+
+void copy_sums(int64_t n_rows, const float * acc, float * out) {
+    std::copy(acc, acc + n_rows, out);
+}
+
+const union_kernel vec_dot_kernel = { "vec_dot", 1, 1, 8, general_act_size, general_act_pack, vec_dot_rows, copy_sums };
+const union_kernel gemv_kernel    = { "gemv", 1, 1, 8, general_act_size, general_act_pack, gemv_rows, copy_sums };
+
+const union_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows) {
+    const union_kernel * kernel = union_kernel_x86(type, group, inter, k, n_rows);
+    return kernel ? kernel : union_kernel_arm(type, group, inter, k, n_rows);
+}
+
+}  // namespace
+
+bool union_weight_get(const ggml_tensor * t, union_weight * w) {
+    w->data        = (const char *) t->data;
+    w->k           = t->ne[0];
+    w->n_rows      = t->ne[1];
+    w->row_size    = ggml_row_size(t->type, t->ne[0]);
+    w->expert_size = w->row_size * t->ne[1];
+    w->vec_dot     = nullptr;
+    w->gemv        = nullptr;
+    w->act_type    = GGML_TYPE_F32;
+
+    ggml_repack_kernel packed;
+    w->packed = ggml_repack_get_kernel(t, &packed);
+    if (!w->packed && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
+        return false;  // a layout of somebody else
+    }
+    w->kernel = fast_kernel(t->type, w->packed ? packed.rows : 1, w->packed ? packed.inter : 0, w->k, w->n_rows);
+    if (w->kernel) {
+        w->act_block = ggml_is_quantized(t->type) ? 32 : 1;
+        return true;
+    }
+    if (w->packed) {
+        w->kernel   = &gemv_kernel;
+        w->act_type = packed.act_type;
+        w->gemv     = packed.gemv;
+    } else {
+        w->kernel   = &vec_dot_kernel;
+        w->act_type = ggml_get_type_traits_cpu(t->type)->vec_dot_type;
+        w->vec_dot  = ggml_get_type_traits_cpu(t->type)->vec_dot;
+    }
+    w->from_float = ggml_get_type_traits_cpu(w->act_type)->from_float;
+    w->act_block  = ggml_blck_size(w->act_type);
+    return (w->vec_dot || w->gemv) && w->from_float && w->k % w->act_block == 0;
+}

@@ -1,0 +1,106 @@
+// What the x86 kernels of the union FFN share: the packed int8 activation row and prefetching.
+#pragma once
+
+#include "union-ffn-kernels.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#    define UNION_AVX2 1
+#else
+#    define UNION_AVX2 0
+#endif
+
+#if UNION_AVX2
+
+#    include "union-ffn-op.h"
+
+// GCC 12 takes the undefined operands inside its own AVX512 headers for uninitialized variables
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#    pragma GCC diagnostic ignored "-Wuninitialized"
+#    include <immintrin.h>
+
+#    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#        define UNION_AVX512 1
+#    else
+#        define UNION_AVX512 0
+#    endif
+
+constexpr int64_t BLOCK = 32;  // values of a quantized block
+
+// --- packed activation rows: int8 values in blocks of 32 ------------------------------------------------------------
+// [k] bytes of values, then [k/32] int32 corrections (whatever the kernel adds to its integer sums), then [k/32] floats
+
+inline size_t int8_act_size(const union_weight &, int64_t k) {
+    return union_align(k + k / BLOCK * (sizeof(int32_t) + sizeof(float)));
+}
+
+struct int8_act {
+    int8_t *  q;
+    int32_t * c;
+    float *   d;
+
+    int8_act() = default;
+
+    int8_act(const void * act, int64_t k) {
+        q = (int8_t *) const_cast<void *>(act);
+        c = (int32_t *) (q + k);
+        d = (float *) (c + k / BLOCK);
+    }
+};
+
+// quantizes 32 values to q, returns the scale; the sum of the quantized values goes to *sum
+inline float quantize_block(const float * x, int8_t * q, int32_t * sum) {
+    __m256       v[4];
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256       max  = _mm256_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        max  = _mm256_max_ps(max, _mm256_andnot_ps(sign, v[i]));
+    }
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
+    m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    m        = _mm_max_ss(m, _mm_movehdup_ps(m));
+
+    const float  amax    = _mm_cvtss_f32(m);
+    const __m256 inverse = _mm256_set1_ps(amax > 0.0f ? 127.0f / amax : 0.0f);
+    __m256i      n[4];
+    for (int i = 0; i < 4; i++) {
+        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    }
+    const __m256i all = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
+    __m128i       s   = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    s                 = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s                 = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    *sum              = _mm_cvtsi128_si32(s);
+
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *) q, _mm256_permutevar8x32_epi32(words, order));
+    return amax / 127.0f;
+}
+
+template <typename F>
+inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act, F && finish) {
+    int8_act a(act, k);
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int64_t b = (first + i) / BLOCK;
+        int32_t       sum;
+        a.d[b] = quantize_block(x + i, a.q + first + i, &sum) * factor;
+        a.c[b] = finish(a.q + first + i, sum);
+    }
+}
+
+// how far ahead of its reads a kernel asks for memory; the hardware prefetchers stop at every page
+constexpr int64_t AHEAD = 2048;
+
+inline void prefetch_lines(const char * p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+        _mm_prefetch(p + i, _MM_HINT_T0);
+    }
+}
+
+// NULL: not handled here
+const union_kernel * union_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
+const union_kernel * union_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows);
+const union_kernel * union_kernel_x86_float(ggml_type type, int64_t group);
+
+#endif
