@@ -67,12 +67,6 @@ class Checkpoint:
     def load(self, name: str) -> np.ndarray[Any, Any]:
         """Return the values of one tensor, in the shape and type it is stored with."""
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            known = ", ".join(sorted(DTYPES))
-            raise BlockffnError(
-                f"{info.file.name}: {name}: expected one of {known}, found {info.dtype}; convert from unquantized "
-                "weights"
-            )
         if info.file.suffix == ".safetensors":
             size = math.prod(info.shape) * DTYPES[info.dtype].itemsize
             if size == 0:

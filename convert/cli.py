@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 
 from blockffn.convert.plan import OUTTYPES
@@ -50,6 +51,7 @@ def parse_size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print the report, and verify on request. Errors are raised as BlockffnError."""
+    signal.signal(signal.SIGTERM, _terminate)
     _check_combinations(args)
     if args.target is not None:
         from blockffn.convert.eagle import convert_head
@@ -74,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     for line in report.lines():
         print(line)
     return _verify(str(report.files[0]), args.src) if args.verify else 0
+
+
+def _terminate(*_: object) -> None:
+    """End through the exception handlers, so that a partial file is removed; 143 is what shells report."""
+    raise SystemExit(143)
 
 
 def _check_combinations(args: argparse.Namespace) -> None:

@@ -30,13 +30,9 @@ from blockffn.errors import BlockffnError
 MLA_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm are built without an eps argument
 FFN_TYPES = {"block": "blockffn", "block_linear": "blockffn", "vanilla": "vanilla", "moe": "remoe"}
 NORMS = {"rms": "rms", "sum": "sum", "none": "none"}
-KNOWN = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "attention_type", "num_attention_heads",
-    "num_key_value_heads", "qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim",
-    "ffn_type",
-    "ffn_gated", "hidden_act", "router_act", "expert_size", "num_experts", "moe_routing_strategy", "num_shared_experts",
-    "norm_after_router", "norm_scale", "block_implementation", "max_position_embeddings", "rms_norm_eps",
-    "tie_word_embeddings", "rope_theta", "rope_scaling", "scale_emb", "dim_model_base", "scale_depth",
+OPTIONAL = (
+    "attention_type", "num_key_value_heads", "hidden_act", "router_act", "num_shared_experts", "norm_after_router",
+    "norm_scale", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
 )  # fmt: skip
 UNUSED = (
     "moe_top_k",
@@ -105,7 +101,7 @@ def _read(checkpoint: Checkpoint, fields: Fields, prefix: str) -> ModelConfig:
     )
     if heads % config.n_head_kv:
         fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
-    fields.check_unknown((*HARMLESS, *UNUSED, "num_key_value_heads"), KNOWN)
+    fields.check_unknown((*HARMLESS, *UNUSED, "num_key_value_heads"), OPTIONAL)
     return config
 
 

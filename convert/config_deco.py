@@ -43,6 +43,11 @@ KNOWN = (
     "moe_router_dtype", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
+OPTIONAL = (
+    "rope_theta", "rope_scaling", "tie_word_embeddings", "router_norm_fixed", "router_norm_scalar", "moe_layer_freq",
+    "expert_not_gated", "moe_shared_expert_intermediate_size", "hidden_act", "head_dim",
+)  # fmt: skip
+
 
 def read(checkpoint: Checkpoint) -> ModelConfig:
     """Read a DECO config.json, each doubtful key checked against the tensors."""
@@ -85,7 +90,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
     )
     if heads % config.n_head_kv:
         fields.wrong("num_query_groups", f"a divisor of num_attention_heads = {heads}")
-    fields.check_unknown((*HARMLESS, *UNUSED, *MUP, *KNOWN), KNOWN)
+    fields.check_unknown((*HARMLESS, *UNUSED, *MUP, *KNOWN), OPTIONAL)
     return config
 
 

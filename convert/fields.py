@@ -35,10 +35,10 @@ class Fields:
         if self.has(key):
             return self.values[key]
         if default is _REQUIRED:
+            unread = [other for other in self.values if other not in self.asked]
             raise BlockffnError(
-                f"{self.file}: {key}: expected {expected}, found nothing; the value carries weight, so it has no "
-                "default: "
-                "add it from the model's original configuration"
+                f"{self.file}: {key}: expected {expected}, found nothing{suggest(key, unread)}; the value carries "
+                "weight, so it has no default: add it from the model's original configuration"
             )
         if default is not None:
             self.note(f"{self.file} has no {key}; the authors' code then uses {default!r}")
@@ -92,10 +92,10 @@ class Fields:
             f"{self.file}: {key}: expected {expected}, found {self.values.get(key)!r}; correct the file"
         )
 
-    def check_unknown(self, harmless: Iterable[str], known: Iterable[str]) -> None:
-        """Name the keys that nobody read; one that looks like a misspelt, missing key is an error."""
+    def check_unknown(self, harmless: Iterable[str], optional: Iterable[str]) -> None:
+        """Name the keys that nobody read; one that looks like a misspelt optional key is an error."""
         leftover = [key for key in self.values if key not in self.asked and key not in set(harmless)]
-        missing = [key for key in known if key not in self.values]
+        missing = [key for key in optional if key not in self.values]
         for key in leftover:
             close = difflib.get_close_matches(key, missing, 1, 0.85)
             if close:
@@ -106,5 +106,5 @@ class Fields:
 
 def suggest(value: Any, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` or an empty string."""
-    close = difflib.get_close_matches(str(value), list(known), 1, 0.6)
+    close = difflib.get_close_matches(str(value), list(known), 1, 0.75)
     return f" (did you mean {close[0]}?)" if close else ""

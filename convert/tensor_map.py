@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blockffn.convert.checkpoint import BF16, Checkpoint, open_checkpoint
+from blockffn.convert.checkpoint import BF16, DTYPES, Checkpoint, open_checkpoint
 from blockffn.convert.config import read_config
 from blockffn.convert.model_config import ModelConfig
 from blockffn.convert.tensor_names import BMTRAIN, DECO_MOE, HF, expert_sources
@@ -65,6 +65,7 @@ def map_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source
             source = _expert_source(checkpoint, prefix, part, shape)
         else:
             source = _plain_source(checkpoint, prefix, names, part, shape, config)
+        _check_type(checkpoint, source.name)
         sources[canonical] = source
         claimed.add(source.name)
     claimed |= _unused(checkpoint, config, names)
@@ -77,6 +78,15 @@ def map_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source
             "config.json does not describe this file, or it belongs to another model"
         )
     return sources
+
+
+def _check_type(checkpoint: Checkpoint, name: str) -> None:
+    info = checkpoint.tensors[name]
+    if info.dtype not in DTYPES:
+        raise BlockffnError(
+            f"{info.file.name}: {name}: expected one of {', '.join(sorted(DTYPES))}, found {info.dtype}; convert from "
+            "unquantized weights"
+        )
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -66,8 +66,9 @@ def write_gguf(
             _fill_in_digest(files[0], digest())
         return _move(files, outfile.parent)
     except OSError as error:
+        where = error.filename or outfile
         raise BlockffnError(
-            f"{outfile}: cannot write ({error.strerror or error}); free space or choose another place"
+            f"{where}: {error.strerror or error}; the conversion to {outfile} was undone: free space or check the disk"
         ) from error
     finally:
         if writer is not None and writer.fout is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def test_outtypes(tmp_path: Path, outtype: str, stored: str) -> None:
         "f16": lambda: original.half().float(),
         "bf16": lambda: original.bfloat16().float(),
         "q8_0": lambda: torch.from_numpy(quants.dequantize(quants.quantize(original.numpy(), 8), 8)),
-         # type: ignore[arg-type]
+        # type: ignore[arg-type]
     }[report.outtype]()
     np.testing.assert_array_equal(values(tmp_path / "m.gguf", "blk.0.attn_q_a.weight"), expected.numpy())
 
@@ -195,6 +197,37 @@ def test_full_disk_is_noticed_before_the_first_byte(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(writer, "_write_data", None)  # would fail if it were reached
     with pytest.raises(BlockffnError, match="not enough space"):
         convert_checkpoint(source, tmp_path / "m.gguf")
+
+
+def test_signal_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM in the middle of writing: exit code 143, no file."""
+    source = write_checkpoint(tmp_path / "m")
+    script = (
+        "import os, signal, sys\n"
+        "from blockffn.cli import main\n"
+        "from blockffn.convert import writer\n"
+        "encode = writer._encode_piece\n"
+        "def kill(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return encode(*args)\n"
+        "writer._encode_piece = kill\n"
+        "sys.exit(main(['convert', sys.argv[1], '--outfile', sys.argv[2]]))\n"
+    )
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out" / "m.gguf")]
+    assert subprocess.run(command, capture_output=True).returncode == 143
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_safetensors_need_neither_torch_nor_llama_cpp(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m", dtype="bf16")
+    script = (
+        "import sys, blockffn.convert\n"
+        "blockffn.convert.convert_checkpoint(sys.argv[1], sys.argv[2])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'llama_cpp')))\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "m.gguf")]
+    assert subprocess.run(command, timeout=120).returncode == 0
 
 
 def test_existing_file_is_replaced(tmp_path: Path) -> None:
