@@ -109,7 +109,7 @@ def test_imatrix_sees_every_expert_tensor(model: Path, imatrix: Path) -> None:
         assert np.isfinite(tensor.data).all() and (tensor.data >= 0).all() and tensor.data.any(), tensor.name
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ4_NL", "IQ2_S"])
+@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ4_NL", "Q2_K"])
 def test_quantized_with_imatrix(model: Path, imatrix: Path, kind: str, tmp_path: Path) -> None:
     quantize(model, tmp_path / "q.gguf", kind, imatrix=imatrix)
     assert nmse(logits(tmp_path / "q.gguf"), logits(model)) < BOUNDS.get(kind, 1.0)
@@ -140,23 +140,19 @@ def test_bench(model: Path) -> None:
 
 @pytest.mark.parametrize("override", [[], ["--override-kv", "blockffn.ffn_dense=bool:true"]])
 def test_completion_equals_ours(model: Path, override: list[str]) -> None:
-    arguments = [
-        "-p",
-        "def add",
-        "-n",
-        "12",
-        "--temp",
-        "0",
-        "--no-warmup",
-        "-no-cnv",
-        "--simple-io",
-        "--no-display-prompt",
-    ]
-    output = run("llama-completion", "-m", model, "-fa", "off", *arguments, *override)
+    command = [library.program("llama-completion"), "-m", model, "-p", "def add", "-n", "12", "--temp", "0", "-t", "1"]
+    command += ["-fa", "off", "--no-warmup", "-no-cnv", "--simple-io", "--no-display-prompt", *override]
     llm = blockffn.Llama(model, n_threads=1)
     expected = llm.create_completion("def add", max_tokens=12, temperature=0.0)["choices"][0]["text"]
     llm.close()
-    assert expected.strip() in output
+    assert len(expected) > 5
+    for _ in range(8):  # the program may exit before its log thread has printed the end of the text
+        result = subprocess.run(list(map(str, command)), capture_output=True, stdin=subprocess.DEVNULL, check=True)
+        text = result.stdout.decode(errors="ignore")
+        assert (text.rstrip() and expected.startswith(text.rstrip())) or text.startswith(expected)
+        if text.startswith(expected):
+            return
+    raise AssertionError(f"expected {expected!r}, last found {text!r}")
 
 
 def test_split_and_merged(model: Path, tmp_path: Path) -> None:
