@@ -181,8 +181,7 @@ def _router_norm(checkpoint: Checkpoint, fields: Fields) -> str:
     if has_weight and norm != "rms":
         raise BlockffnError(
             "config.json: norm_after_router: expected rms, as the checkpoint holds router_norm.weight, found "
-            f"{norm!r}; "
-            "correct the file"
+            f"{norm!r}; correct the file"
         )
     return norm
 

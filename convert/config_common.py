@@ -40,9 +40,8 @@ def read_rope(fields: Fields, n_ctx_train: int) -> tuple[str, float]:
     if kind == "dynamic":
         fields.note(
             f"rope_scaling dynamic (factor {factor:g}) changes nothing up to max_position_embeddings = {n_ctx_train}, "
-            "and "
-            f"llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, not "
-            "beyond"
+            f"and llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, "
+            "not beyond"
         )
     return kind, factor
 

@@ -189,9 +189,8 @@ def _epsilon(fields: Fields) -> float:
     if fields.has("rms_norm_eps") and fields.number("rms_norm_eps") != eps:
         raise BlockffnError(
             f"config.json: norm_epsilon = {eps:g} and rms_norm_eps = {fields.values['rms_norm_eps']:g} contradict "
-            "each other, "
-            "and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the training "
-            "framework's)"
+            "each other, and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the "
+            "training framework's)"
         )
     return eps
 
@@ -271,8 +270,7 @@ def _router_norm(fields: Fields, n_expert: int) -> tuple[str, float, int]:
     if kind == "normal":
         fields.note(
             "WARNING: router_norm_type normal gives inactive experts a score, so every expert works on every token: "
-            "the "
-            "model is dense by nature and no sparse op can speed it up"
+            "the model is dense by nature and no sparse op can speed it up"
         )
     if kind == "null":
         return "none", 1.0, 0

@@ -140,8 +140,7 @@ def _byte_level(path: Path, content: dict[str, Any], model: dict[str, Any]) -> P
         known = ", ".join(PATTERNS.values())
         raise BlockffnError(
             f"{path}: pre_tokenizer: expected the splitting pattern of one of {known}, found {pattern!r}; llama.cpp "
-            "would split "
-            "text differently"
+            "would split text differently"
         )
     tokens = _table(path, model["vocab"])
     types = _types(tokens, set(model["vocab"]), model.get("unk_token"))

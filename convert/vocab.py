@@ -97,8 +97,7 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
     if model.kind not in ("bpe", "unigram"):
         raise BlockffnError(
             f"tokenizer.model: expected a SentencePiece model of type bpe or unigram, found {model.kind}; llama.cpp "
-            "cannot "
-            "run this one"
+            "cannot run this one"
         )
     spaced = [
         piece.text.replace("\u2581", " ") if piece.type == USER_DEFINED else piece.text for piece in model.pieces
@@ -116,21 +115,18 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
         if has_bytes:
             checkpoint.note(
                 "WARNING: tokenizer.model is a unigram model with byte fallback; llama.cpp's unigram tokenizer has "
-                "no byte "
-                "fallback, so characters outside the vocabulary become the unknown token"
+                "no byte fallback, so characters outside the vocabulary become the unknown token"
             )
         return Vocab("t5", spaced, scores, types, values)
     if not has_bytes:
         raise BlockffnError(
             "tokenizer.model: expected byte pieces <0x00> to <0xFF>, found none; llama.cpp needs them for characters "
-            "outside "
-            "the vocabulary: train the tokenizer with byte_fallback"
+            "outside the vocabulary: train the tokenizer with byte_fallback"
         )
     if model.charsmap or model.remove_extra_whitespaces:
         checkpoint.note(
             "WARNING: tokenizer.model normalizes its input (or removes extra spaces), which llama.cpp does not do "
-            "for this "
-            "kind of tokenizer: token ids differ on texts that normalization changes"
+            "for this kind of tokenizer: token ids differ on texts that normalization changes"
         )
     return Vocab("llama", spaced, scores, types, values)
 
@@ -211,8 +207,7 @@ def _check_unique(vocab: Vocab) -> None:
         if text in seen:
             raise BlockffnError(
                 f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for "
-                "llama.cpp refuses "
-                "the file; correct the tokenizer files"
+                "llama.cpp refuses the file; correct the tokenizer files"
             )
         seen[text] = index
 

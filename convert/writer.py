@@ -89,8 +89,7 @@ def check_target(outfile: Path, n_bytes: int) -> None:
     if free < n_bytes + (1 << 20):
         raise BlockffnError(
             f"{outfile.parent}: not enough space: expected {n_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free; "
-            "free some "
-            "or choose a smaller --outtype"
+            "free some or choose a smaller --outtype"
         )
 
 
@@ -162,8 +161,7 @@ def _encode_piece(tensor: PlannedTensor, values: Array) -> Array:
         if not np.isfinite(half).all():
             raise BlockffnError(
                 f"{tensor.name} (from {tensor.source}): value {float(np.abs(wide).max()):g} does not fit F16 (up to "
-                "65504); "
-                "use --outtype bf16 or f32"
+                "65504); use --outtype bf16 or f32"
             )
         return half.view(np.uint8)
     packed = quants.quantize(wide, kind)
@@ -176,8 +174,7 @@ def _require_finite(tensor: PlannedTensor, finite: bool) -> None:
     if not finite:
         raise BlockffnError(
             f"{tensor.name} (from {tensor.source}): the weights hold NaN or Inf; the checkpoint is damaged or the "
-            "training "
-            "diverged: take another checkpoint"
+            "training diverged: take another checkpoint"
         )
 
 
