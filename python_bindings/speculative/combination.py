@@ -29,6 +29,7 @@ class Combination(Drafter):
         self.drafters = list(drafters)
         self.name = "+".join(drafter.name for drafter in self.drafters)
         self.can_tree = any(drafter.can_tree for drafter in self.drafters)
+        self.max_chain = max(drafter.max_chain for drafter in self.drafters)
         self.max_nodes = max(drafter.max_nodes for drafter in self.drafters)
         self.wants_hidden = any(drafter.wants_hidden for drafter in self.drafters)
         self._asked: Drafter | None = None

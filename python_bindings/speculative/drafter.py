@@ -37,6 +37,7 @@ class Drafter:
     name = "none"
     can_tree = False  # may `propose` return a tree when the context allows it?
     max_nodes = 16  # the largest draft that is worth asking for
+    max_chain = 16  # the longest chain among them
     wants_hidden = False  # does `hidden` have to be called?
 
     def attach(self, llm: Any) -> None:

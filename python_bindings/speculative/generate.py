@@ -57,7 +57,9 @@ class Speculative:
         target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden)
         sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
         used.attach(self)
-        self._loop = Loop(self, target, used, Policy(used.max_nodes, sizes, plan), _union_counter(self))
+        self._loop = Loop(
+            self, target, used, Policy(min(used.max_nodes, used.max_chain), sizes, plan), _union_counter(self)
+        )
 
     def speculation(self) -> dict[str, Any]:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""
