@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,19 @@ def test_existing_file_is_replaced(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
     assert leftovers(tmp_path) == ["m", "m.gguf"]
+
+
+@pytest.mark.parametrize("outtype", ["bf16", "f16"])
+def test_large_tensors_are_never_whole_in_memory(tmp_path: Path, outtype: str) -> None:
+    """Peak of all allocations: less than one float32 copy of the largest tensor, here 30,000 rows of 256."""
+    source = write_checkpoint(tmp_path / "m", dtype="bf16", n_vocab=30_000, n_embd=256, n_layer=1, tied=True)
+    tracemalloc.start()
+    try:
+        convert_checkpoint(source, tmp_path / "m.gguf", outtype=outtype)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 30_000 * 256
 
 
 def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
