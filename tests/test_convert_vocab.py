@@ -66,13 +66,16 @@ def test_token_ids_equal_sentencepiece(tmp_path: Path) -> None:
     check_ids(tmp_path / "m.gguf", (DATA / "tokenizer.model").read_bytes(), samples)
 
 
-@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
-def test_unigram_model(tmp_path: Path, normalization: str) -> None:
+@pytest.mark.parametrize("normalized", [False, True])
+def test_unigram_model(tmp_path: Path, normalized: bool) -> None:
     """A unigram SentencePiece model runs in llama.cpp's own unigram tokenizer, with its normalization."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("FF21\t41\nFF22\t42\n")  # full-width A and B become plain ones
+    normalization = {"normalization_rule_tsv": str(rules)} if normalized else {"normalization_rule_name": "identity"}
     lines = [line for line in texts(1500) if line.strip() and "\x00" not in line and len(line) < 1000]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "uni"), vocab_size=500, model_type="unigram",
-        normalization_rule_name=normalization, num_threads=1, minloglevel=2,
+        num_threads=1, minloglevel=2, **normalization,
     )  # fmt: skip
     source = write_checkpoint(tmp_path / "m")
     model = (tmp_path / "uni.model").read_bytes()
