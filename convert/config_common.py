@@ -62,6 +62,15 @@ def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...], int | N
     return (bos[0] if bos else None), eos, (pad[0] if pad else None)
 
 
+def read_vocab_size(checkpoint: Checkpoint, fields: Fields, embed: str) -> int:
+    """Return vocab_size; a file without it is settled by the rows of the embedding."""
+    if not fields.has("vocab_size") and embed in checkpoint.tensors:
+        rows = checkpoint.tensors[embed].shape[0]
+        fields.note(f"{fields.file} has no vocab_size; the embedding has {rows} rows")
+        return rows
+    return fields.integer("vocab_size")
+
+
 def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
     """Number of layers that the tensors show: 1 + the largest N in names like ``model.layers.N.``."""
     numbers = [name[len(prefix) :].split(".")[0] for name in checkpoint.tensors if name.startswith(prefix)]

@@ -13,7 +13,15 @@ import ast
 from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
-from blockffn.convert.config_common import HARMLESS, check_heads, count_layers, model_name, read_rope, read_token_ids
+from blockffn.convert.config_common import (
+    HARMLESS,
+    check_heads,
+    count_layers,
+    model_name,
+    read_rope,
+    read_token_ids,
+    read_vocab_size,
+)
 from blockffn.convert.fields import Fields
 from blockffn.convert.model_config import ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
@@ -65,7 +73,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
     config = ModelConfig(
         name=model_name(checkpoint),
         family="deco",
-        n_vocab=fields.integer("vocab_size"),
+        n_vocab=read_vocab_size(checkpoint, fields, "model.embed_tokens.weight"),
         n_embd=hidden,
         n_layer=n_layer,
         n_head=heads,

@@ -65,7 +65,9 @@ def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
     _pad(vocab, config.n_vocab, folder)
     _check_unique(vocab)
     _special_ids(checkpoint, config, vocab, settings)
-    vocab.values[Keys.Tokenizer.ADD_BOS] = _flag(settings, "add_bos_token", vocab.kind == "llama")
+    vocab.values[Keys.Tokenizer.ADD_BOS] = _flag(
+        settings, "add_bos_token", bool(vocab.values.get(Keys.Tokenizer.ADD_BOS, vocab.kind == "llama"))
+    )
     vocab.values[Keys.Tokenizer.ADD_EOS] = _flag(settings, "add_eos_token", False)
     if vocab.kind != "gpt2":
         prefix = bool(vocab.values.get(Keys.Tokenizer.ADD_PREFIX, True))
@@ -254,6 +256,8 @@ def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int |
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         return None
+    if text not in by_text and key in ("pad_token", "unk_token"):
+        return None  # often a leftover of training; the model never writes them
     if text not in by_text:
         raise BlockffnError(
             f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {text!r}; correct the file"

@@ -199,7 +199,8 @@ def sentencepiece_json() -> dict[str, Any]:
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}]}
     model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": vocab}
     model["merges"] = [f"{left} {right}" for _, left, right in merges]
-    return {"model": model, "added_tokens": special, "normalizer": prepend}
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    return {"model": model, "added_tokens": special, "normalizer": prepend, "post_processor": template}
 
 
 def test_tokenizer_json_from_sentencepiece(tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def test_tokenizer_json_from_sentencepiece(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
     found = keys(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+    assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.token_type"][:3] == [2, 3, 3]
     check_ids(tmp_path / "m.gguf", (DATA / "tokenizer.model").read_bytes(), texts(1000))
 
@@ -229,6 +231,7 @@ def test_byte_level_bpe(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
     found = keys(tmp_path / "m.gguf")
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert found["tokenizer.ggml.add_bos_token"] is False
     ids = open_vocab(tmp_path / "m.gguf").tokenize(b"the the", add_bos=False)
     assert [found["tokenizer.ggml.tokens"][index] for index in ids] == ["the", "\u0120the"]
 
