@@ -31,7 +31,7 @@ else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable)
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops wheel refresh-patches clean
+.PHONY: demo test setup venv tree build lint bench bench-ops test-sanitize test-arm wheel refresh-patches clean
 
 setup: venv build
 
@@ -85,6 +85,32 @@ bench: setup
 
 bench-ops: setup
 	$(PY) -m blockffn.eval.bench_ops --build $(OUT)
+
+# The op tests alone with ggml, without the rest of llama.cpp. Without OpenMP, whose barriers ThreadSanitizer cannot see.
+OPS_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) -DGGML_SOURCE_DIR=$(CURDIR)/$(TREE)/ggml -DBUILD_SHARED_LIBS=OFF \
+             -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF
+OPS_TESTS := test-relu-router test-union-ffn
+
+test-sanitize: sanitize-address,undefined sanitize-thread
+
+sanitize-%: tree
+	$(CMAKE) -S ggml-ops -B build/sanitize-$* $(OPS_FLAGS) -DCMAKE_BUILD_TYPE=Debug \
+	    -DCMAKE_C_FLAGS="-O1 -g1 -fsanitize=$*" -DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=$*" > /dev/null
+	$(NINJA) -C build/sanitize-$* -j $(JOBS) $(OPS_TESTS)
+	build/sanitize-$*/bin/test-relu-router
+	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-union-ffn --quick
+
+test-arm: tree
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	    { echo "error: the cross compiler or the emulator is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	for arch in dotprod dotprod+i8mm; do \
+	    $(CMAKE) -S ggml-ops -B build/arm-$$arch $(OPS_FLAGS) -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	        -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	        -DCMAKE_EXE_LINKER_FLAGS=-static -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+fp16+$$arch > /dev/null && \
+	    $(NINJA) -C build/arm-$$arch -j $(JOBS) $(OPS_TESTS) || exit 1; \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-relu-router && \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick || exit 1; \
+	done
 
 wheel:
 	$(MAKE) BUILD_PROFILE=portable setup

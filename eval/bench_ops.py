@@ -1,0 +1,141 @@
+"""Run the benchmark of the ops and write its table, its figures and a plot.
+
+    python -m blockffn.eval.bench_ops --build build/native            # what `make bench-ops` calls
+    python -m blockffn.eval.bench_ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
+
+The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
+{"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between the
+quartiles over the median. Run it with nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from blockffn.errors import BlockffnError
+
+from .environment import ROOT, environment
+
+Row = dict[str, Any]
+DOCS = ROOT / "docs"
+
+
+def measure(program: Path, arguments: list[str]) -> list[Row]:
+    """Run bench-ops and return its rows, showing each as it comes."""
+    if not program.is_file():
+        raise BlockffnError(f"{program} is missing: build it with `make build` (BUILD_PROFILE={program.parent.parent.name})")
+    rows: list[Row] = []
+    print(header(), flush=True)
+    with subprocess.Popen([str(program), *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            rows.append(json.loads(line))
+            print(table_line(rows[-1]), flush=True)
+    if process.returncode != 0:
+        raise BlockffnError(f"{program.name} failed with exit code {process.returncode}: its message is above")
+    return rows
+
+
+def header() -> str:
+    """Return the head of the table, in Markdown."""
+    names = ["shape", "type", "n", "ours ms", "dense ms (buffer)", "ratio", "mul_mat_id ms (buffer)", "ratio"]
+    names += ["spread", "union", "active", "GB/s", "of limit"]
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+def table_line(row: Row) -> str:
+    """Return one row of the table, in Markdown; a ratio above 1 means that ours is faster."""
+    ours = row["ours_ms"]
+    cells = [
+        row["shape"],
+        row["type"],
+        str(row["n"]),
+        f"{ours:.3f}",
+        f"{row['dense_ms']:.3f} ({row['dense_buffer']})",
+        f"{row['dense_ms'] / ours:.2f}x",
+        f"{row['mul_mat_id_ms']:.3f} ({row['mul_mat_id_buffer']})",
+        f"{row['mul_mat_id_ms'] / ours:.2f}x",
+        f"{row['spread']:.0%}",
+        f"{row['union_share']:.1%}",
+        f"{row['active_share']:.1%}",
+        f"{row['bandwidth_gbs']:.1f}",
+        f"{row['fraction_of_limit']:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(rows: list[Row], target: Path, title: str) -> None:
+    """Draw milliseconds per layer over n, one panel per (shape, type), both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    types = list(dict.fromkeys(row["type"] for row in rows))
+    size = (4 * len(types), 3 * len(shapes) + 0.5)
+    figure, axes = pyplot.subplots(len(shapes), len(types), figsize=size, squeeze=False, sharex=True)
+    for i, shape in enumerate(shapes):
+        for j, kind in enumerate(types):
+            axis = axes[i][j]
+            panel = [row for row in rows if row["shape"] == shape and row["type"] == kind]
+            tokens = [row["n"] for row in panel]
+            for key, label in [("dense_ms", "stock dense"), ("mul_mat_id_ms", "stock mul_mat_id"), ("ours_ms", "union FFN")]:
+                axis.loglog(tokens, [row[key] for row in panel], marker="o", markersize=3, label=label)
+            axis.set_title(f"{shape}, {kind}", fontsize=9)
+            axis.set_xticks(tokens, [str(n) for n in tokens])
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    axes[-1][0].set_xlabel("tokens at once")
+    axes[-1][0].set_ylabel("ms per layer")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def write_files(result: dict[str, Any], folder: Path) -> None:
+    """Write bench-ops-<profile>.json, .md and .png to `folder`."""
+    place = result["environment"]
+    stem = f"bench-ops-{place['profile']}"
+    title = f"{place['cpu']}, profile {place['profile']}, {result['rows'][0]['threads']} threads, commit {place['commit']}"
+    table = "\n".join([header(), *(table_line(row) for row in result["rows"])])
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(f"# make bench-ops\n\n{title}, {place['date']}.\n\n{table}\n")
+    plot(result["rows"], folder / f"{stem}.png", title)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench-ops", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "native", help="build folder of the profile")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the files (default: docs)")
+    parser.add_argument("--no-files", action="store_true", help="print only")
+    for name in ("threads", "shapes", "types", "tokens", "reps"):
+        parser.add_argument(f"--{name}", help="passed to the program")
+    options = parser.parse_args(arguments)
+    passed = [
+        part
+        for name in ("threads", "shapes", "types", "tokens", "reps")
+        if getattr(options, name) is not None
+        for part in (f"--{name}", getattr(options, name))
+    ]
+    try:
+        binaries = options.build.resolve() / "bin"
+        rows = measure(binaries / "bench-ops", passed)
+        result = {"environment": environment(binaries), "rows": [{**row, "profile": binaries.parent.name} for row in rows]}
+        if not options.no_files:
+            write_files(result, options.output)
+    except (BlockffnError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+// Tests of the ReLU router op against its definition in double precision; exit code 1 if anything failed.
+#include "test-ops.h"
+
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+namespace {
+
+struct router_case {
+    int64_t          n_expert, n;
+    ggml_router_norm norm;
+    ggml_router_bias bias;
+    int64_t          n_weight;  // 0: no weight
+    float            scale;
+    bool             views;
+};
+
+constexpr float EPS        = 1e-5f;
+constexpr float NORM_SCALE = 1.5f;
+
+struct router_data {
+    std::vector<float> logits, weight, bias;
+};
+
+// random rows, a row of zeros, a row without a positive logit and a row with a NaN
+router_data make_data(const router_case & c) {
+    std::mt19937 rng((unsigned) (c.n_expert * 31 + c.n));
+    router_data  d = { random_values(c.n * c.n_expert, rng), random_values(c.n_weight, rng), random_values(c.n_expert, rng) };
+    for (int64_t e = 0; e < c.n_expert; e++) {
+        if (c.n > 1) {
+            d.logits[c.n_expert + e] = 0.0f;
+        }
+        if (c.n > 2) {
+            d.logits[2 * c.n_expert + e] = -1.0f - e;
+        }
+    }
+    if (c.n_weight > 2) {
+        d.weight[1] = 0.0f;  // an active expert of weight zero stays in the active set
+    }
+    return d;
+}
+
+std::vector<double> oracle(const router_case & c, const router_data & d) {
+    std::vector<double> s(c.n * c.n_expert, 0.0);
+    for (int64_t t = 0; t < c.n; t++) {
+        const float * r       = &d.logits[t * c.n_expert];
+        double        squares = 0.0, active_squares = 0.0, sum = 0.0;
+        for (int64_t e = 0; e < c.n_expert; e++) {
+            squares += (double) r[e] * r[e];
+        }
+        const double factor = c.bias == GGML_ROUTER_BIAS_RMS ? std::sqrt(squares / c.n_expert) : 1.0;
+        std::vector<bool> active(c.n_expert);
+        for (int64_t e = 0; e < c.n_expert; e++) {
+            active[e] = r[e] > 0.0f && (c.bias == GGML_ROUTER_BIAS_NONE || r[e] + d.bias[e] * factor > 0.0);
+            active_squares += active[e] ? (double) r[e] * r[e] : 0.0;
+            sum += active[e] ? r[e] : 0.0;
+        }
+        const double norm = c.norm == GGML_ROUTER_NORM_RMS ? 1.0 / std::sqrt(active_squares / c.n_expert + (double) EPS) :
+                            c.norm == GGML_ROUTER_NORM_SUM ? 1.0 / (sum * (double) NORM_SCALE + 1e-5) :
+                                                             1.0;
+        for (int64_t e = 0; e < c.n_expert; e++) {
+            if (active[e]) {
+                const double w = c.n_weight == 0 ? 1.0 : d.weight[c.n_weight == 1 ? 0 : e];
+                const double v = r[e] * norm * w * c.scale;
+                s[t * c.n_expert + e] = std::fabs(v) < FLT_MIN ? std::copysign(FLT_MIN, v) : v;
+            }
+        }
+    }
+    return s;
+}
+
+std::vector<float> compute(cpu_runner & runner, const router_case & c, const router_data & d, int threads) {
+    const int64_t pad = c.views ? 5 : 0;
+    ggml_tensor * logits = nullptr;
+    ggml_tensor * weight = nullptr;
+    ggml_tensor * bias   = nullptr;
+    auto build = [&](ggml_context * ctx) {
+        logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_expert + pad, c.n);
+        weight = c.n_weight ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_weight) : nullptr;
+        bias   = c.bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_expert) : nullptr;
+        ggml_tensor * rows = ggml_view_2d(ctx, logits, c.n_expert, c.n, logits->nb[1], 0);
+        return ggml_relu_router(ctx, rows, weight, bias, c.norm, c.bias, EPS, NORM_SCALE, c.scale);
+    };
+    auto set = [&] {
+        for (int64_t t = 0; t < c.n; t++) {
+            ggml_backend_tensor_set(logits, &d.logits[t * c.n_expert], t * logits->nb[1], c.n_expert * sizeof(float));
+        }
+        if (weight) {
+            ggml_backend_tensor_set(weight, d.weight.data(), 0, ggml_nbytes(weight));
+        }
+        if (bias) {
+            ggml_backend_tensor_set(bias, d.bias.data(), 0, ggml_nbytes(bias));
+        }
+    };
+    return runner.run(threads, build, set);
+}
+
+// the same active set, exactly, and values within float rounding
+bool matches(const std::vector<float> & got, const std::vector<double> & want) {
+    for (size_t i = 0; i < want.size(); i++) {
+        if ((got[i] == 0.0f) != (want[i] == 0.0) || !(std::fabs(got[i] - want[i]) <= 1e-5 * std::fabs(want[i]) + FLT_MIN)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// NaN logits select nothing and do not spread to other tokens
+bool nan_is_inactive(cpu_runner & runner) {
+    const router_case c = { 7, 3, GGML_ROUTER_NORM_RMS, GGML_ROUTER_BIAS_NONE, 7, 1.0f, false };
+    router_data       d = make_data(c);
+    const std::vector<float> clean = compute(runner, c, d, 1);
+    d.logits[2 * c.n_expert + 3]   = std::numeric_limits<float>::quiet_NaN();
+    const std::vector<float> got   = compute(runner, c, d, 1);
+    for (size_t i = 0; i < got.size(); i++) {
+        if (std::isnan(got[i]) || (i < 2 * (size_t) c.n_expert && got[i] != clean[i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    cpu_runner runner;
+    int        n_run = 0, n_failed = 0;
+    for (int64_t n_expert : { 1, 7, 42, 56, 77, 102 }) {
+        for (int64_t n : { 1, 2, 3, 5, 17 }) {
+            for (int norm = GGML_ROUTER_NORM_NONE; norm <= GGML_ROUTER_NORM_SUM; norm++) {
+                for (int bias = GGML_ROUTER_BIAS_NONE; bias <= GGML_ROUTER_BIAS_RMS; bias++) {
+                    for (int64_t n_weight : { (int64_t) 0, (int64_t) 1, n_expert }) {
+                        const router_case c = { n_expert,          n, (ggml_router_norm) norm, (ggml_router_bias) bias, n_weight,
+                                                bias ? 0.5f : 1.0f, n % 2 == 1 };
+                        const router_data d = make_data(c);
+                        const bool ok = matches(compute(runner, c, d, 1 + n_run % 4), oracle(c, d));
+                        n_run++;
+                        n_failed += !ok;
+                        if (!ok) {
+                            printf("FAIL E=%d n=%d norm=%d bias=%d n_weight=%d\n", (int) n_expert, (int) n, norm, bias, (int) n_weight);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    n_run++;
+    if (!nan_is_inactive(runner)) {
+        n_failed++;
+        printf("FAIL NaN logits\n");
+    }
+    printf("%d checks, %d failed\n", n_run, n_failed);
+    return n_failed != 0;
+}

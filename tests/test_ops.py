@@ -1,0 +1,94 @@
+"""The ops: oracle tests and batch invariance (C++ programs), test-backend-ops, and the benchmark's output."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blockffn import library
+from blockffn.eval import bench_ops
+
+
+def program(name: str) -> Path:
+    """Return a program of the build that the library comes from."""
+    found = library.find()
+    assert found is not None, "the patched library is not built: run `make build`"
+    assert (found / name).is_file(), f"{found / name} is missing: run `make build`"
+    return found / name
+
+
+def run(name: str, *arguments: str) -> str:
+    """Run a test program and return what it printed."""
+    result = subprocess.run([program(name), *arguments], capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["test-relu-router", "test-union-ffn"])
+def test_against_oracle(name: str) -> None:
+    """Every check of the program passes, and it did check something."""
+    found = re.search(r"(\d+) checks, 0 failed", run(name))
+    assert found
+    assert int(found[1]) > 500
+
+
+@pytest.mark.parametrize("op", ["RELU_ROUTER", "UNION_FFN"])
+def test_backend_ops(op: str) -> None:
+    """The CPU agrees with its reference in upstream's own test."""
+    printed = run("test-backend-ops", "test", "-b", "CPU", "-o", op)
+    assert re.search(r"[1-9]\d*/[1-9]\d* tests passed", printed)
+    assert "FAIL" not in printed
+
+
+def test_unknown_type_is_refused() -> None:
+    """The benchmark names what it does not know."""
+    result = subprocess.run([program("bench-ops"), "--types", "q9_9"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "unknown type q9_9" in result.stderr
+
+
+def row(n: int) -> bench_ops.Row:
+    """A row as the program prints it."""
+    return {
+        "shape": "1.2B",
+        "type": "q4_0",
+        "n": n,
+        "threads": 2,
+        "ours_ms": 0.5 * n,
+        "dense_ms": 2.0 * n,
+        "dense_buffer": "CPU_REPACK",
+        "mul_mat_id_ms": 1.0 * n,
+        "mul_mat_id_buffer": "CPU",
+        "spread": 0.01,
+        "union_share": 0.2,
+        "active_share": 0.2,
+        "bandwidth_gbs": 25.0,
+        "fraction_of_limit": 0.7,
+    }
+
+
+def test_table_shows_ratios() -> None:
+    """Ratios are stock time over ours."""
+    line = bench_ops.table_line(row(1))
+    assert "4.00x" in line
+    assert "2.00x" in line
+    assert line.count("|") == bench_ops.header().splitlines()[0].count("|")
+
+
+def test_files(tmp_path: Path) -> None:
+    """Table, figures and plot are written under the profile's name."""
+    place = {"profile": "portable", "cpu": "some CPU", "commit": "abc", "date": "2026-01-01"}
+    bench_ops.write_files({"environment": place, "rows": [row(1), row(8)]}, tmp_path)
+    assert json.loads((tmp_path / "bench-ops-portable.json").read_text())["rows"][1]["n"] == 8
+    assert (tmp_path / "bench-ops-portable.md").read_text().count("1.2B") == 2
+    assert (tmp_path / "bench-ops-portable.png").stat().st_size > 1000
+
+
+def test_missing_program_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A build folder without the program gives one clear message and exit code 1."""
+    assert bench_ops.main(["--build", str(tmp_path)]) == 1
+    assert "make build" in capsys.readouterr().err
