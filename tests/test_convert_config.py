@@ -127,6 +127,12 @@ def test_deco_without_the_new_key_needs_a_right_old_one(tmp_path: Path, key: str
         read(tmp_path, **DECO, config={key: None})
 
 
+def test_deco_scales_of_the_base_model_are_not_believed(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, config={"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256})
+    assert (config.embedding_scale, config.residual_scale, config.logit_scale) == (1.0, 1.0, 1.0)
+    assert "not believed, as use_mup is false: scale_emb, scale_depth, dim_model_base" in notes
+
+
 def test_deco_gate_is_decided_by_the_tensor(tmp_path: Path) -> None:
     config, notes = read(tmp_path, **DECO, gated=True, config={"expert_not_gated": None})
     assert config.moe is not None and config.moe.gated
