@@ -146,8 +146,8 @@ def _refuse_other_meanings(fields: Fields) -> None:
     scales = [key for key in MUP if fields.has(key) and fields.values[key] != 1]
     if scales and not fields.has("use_mup"):
         raise BlockffnError(
-            f"{fields.file}: use_mup: expected false beside {', '.join(scales)}, found nothing; no tensor shape can tell "
-            "whether these scales are applied: add use_mup from the original configuration"
+            f"{fields.file}: use_mup: expected false beside {', '.join(scales)}, found nothing; no tensor shape can "
+            "tell whether these scales are applied: add use_mup from the original configuration"
         )
     if scales:
         fields.note(f"not believed, as use_mup is false: {', '.join(scales)}")
