@@ -95,7 +95,7 @@ class Speculative:
         stopping_criteria: Any = None,
         grammar: Any = None,
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Yield the tokens that follow a prompt, without end; arguments as in llama_cpp.Llama.generate."""
+        """Yield the tokens that follow a prompt until the context is full; arguments as in llama_cpp.Llama.generate."""
         chain = {
             "top_k": top_k,
             "top_p": top_p,

@@ -91,14 +91,14 @@ class Loop:
         return Rows.of(array, self._rows_first)
 
     def run(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, Sequence[int] | None, None]:
-        """Yield the tokens that follow `prompt`, without end; closing the generator leaves a valid cache."""
+        """Yield the tokens that follow `prompt` until the context is full; it may be closed at any token."""
         text = Text(prompt, min(len(self.state.input_ids), self.state.n_ctx()))
         self._begin(text.tokens)
         draft = EMPTY
         while True:
             sent = yield from self._walk(text, draft, sampling)
-            if sent is None:
-                return
+            if sent is None or (text.room < 0 and not sent):
+                return  # stopped, or the context cannot take the last token
             if sent:
                 text.append(sent)
                 self.evaluate(text.tokens[self.state.n_tokens :])
