@@ -25,8 +25,8 @@ BINDING_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama_cpp once, when it is im
 OUR_VARIABLE = "BLOCKFFN_LIB_DIR"
 LIBRARY = "libllama.so"
 # How long a thread spins at a barrier before it sleeps. With libgomp's default (300,000 rounds, about 10 ms) a model
-# with one thread per core crawls as soon as another process wants a core: 0.4 instead of 130 tokens/s were seen. 1000 rounds
-# are what libgomp itself takes when it knows that there are more threads than cores.
+# with one thread per core crawls as soon as another process wants a core: 0.4 instead of 130 tokens/s were seen.
+# 1000 rounds are what libgomp itself takes when it knows that there are more threads than cores.
 SPIN_VARIABLE, SPIN_ROUNDS = "GOMP_SPINCOUNT", "1000"
 
 
