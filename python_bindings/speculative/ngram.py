@@ -39,7 +39,7 @@ class NGramDrafter(Drafter):
 
     def reset(self) -> None:
         """Forget the text."""
-        self._text = np.empty(0, dtype=np.int32)  # [n_indexed], the part of the text that the index covers
+        self._text: Tokens = np.empty(0, dtype=np.int32)  # [n_indexed], the part of the text that the index covers
         self._index: list[dict[bytes, tuple[int, ...]]] = [{} for _ in self.sizes]
 
     def begin(self, tokens: Tokens) -> None:
