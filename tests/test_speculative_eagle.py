@@ -131,7 +131,7 @@ def fed(place: Path, llm: Any, text: np.ndarray, **kwargs: Any) -> tuple[Any, np
     head = blockffn.EagleDrafter(place / "head.gguf", llm, **kwargs)
     hidden = llm.hidden_states(text[:-1].tolist())
     head.begin(text)
-    head.hidden(0, hidden)
+    head.hidden(text, 0, hidden)
     return head, hidden
 
 
@@ -205,7 +205,7 @@ def test_long_prompts_reach_the_head_in_pieces(llm: Any, place: Path) -> None:
     drafted = head.propose(Context(tokens), 3).tokens.tolist()
     fresh = blockffn.EagleDrafter(place / "head.gguf", llm)
     fresh.begin(tokens)
-    fresh.hidden(0, llm.hidden_states(tokens[:-1].tolist()))
+    fresh.hidden(tokens, 0, llm.hidden_states(tokens[:-1].tolist()))
     assert fresh.propose(Context(tokens), 3).tokens.tolist() == drafted
     for drafter in (head, fresh):
         drafter.close()
@@ -225,7 +225,7 @@ def test_cut_vocabulary(llm: Any, place: Path, text: np.ndarray, tmp_path: Path)
     np.testing.assert_allclose(found[:, ids], expected[:, ids], atol=1e-4)
     assert np.isneginf(np.delete(found, ids, axis=1)).all()
     cut.begin(text)
-    cut.hidden(0, hidden)
+    cut.hidden(text, 0, hidden)
     assert set(cut.propose(Context(text, tree=True), 31).tokens.tolist()) <= set(ids)
     for drafter in (whole, cut):
         drafter.close()

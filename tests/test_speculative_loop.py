@@ -198,6 +198,20 @@ def test_turns_reuse_the_cache(llm: Any, truth: list[int]) -> None:
         assert tokens_of(llm, 20, turn[:20], temp=0.0) == shorter
 
 
+@pytest.mark.parametrize("kind", ["truth", "tree"])
+def test_an_abandoned_generator_harms_nothing(llm: Any, truth: list[int], kind: str) -> None:
+    drafter, plan = drafter_of(kind, truth)
+    llm.set_up_speculation(drafter, True, plan)
+    left = [llm.generate(PROMPT, temp=0.0) for _ in range(8)]
+    for n, generator in enumerate(left):
+        assert list(itertools.islice(generator, n + 1)) == truth[4 : 5 + n]
+    assert tokens_of(llm, 60, temp=0.0) == truth[4:64]
+    with pytest.raises(RuntimeError, match="ended by another one"):
+        next(left[3])
+    left.clear()
+    assert tokens_of(llm, 60, truth[:30], temp=0.0) == truth[30:90]
+
+
 @pytest.mark.parametrize("kind", ["truth", "mixture", "tree"])
 def test_interruption_leaves_a_valid_cache(llm: Any, truth: list[int], kind: str) -> None:
     drafter, plan = drafter_of(kind, truth)

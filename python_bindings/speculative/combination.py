@@ -68,11 +68,11 @@ class Combination(Drafter):
         """Return the least of what the drafters know."""
         return min(drafter.known_states() for drafter in self.drafters if drafter.wants_hidden)
 
-    def hidden(self, first: int, states: npt.NDArray[np.float32]) -> None:
+    def hidden(self, text: Tokens, first: int, states: npt.NDArray[np.float32]) -> None:
         """Pass on to the drafters that want hidden states."""
         for drafter in self.drafters:
             if drafter.wants_hidden:
-                drafter.hidden(first, states)
+                drafter.hidden(text, first, states)
 
     def close(self) -> None:
         """Close every drafter."""

@@ -106,8 +106,8 @@ class EagleDrafter(Drafter):
         self._keep(max(0, common - 1))
 
     def known_states(self) -> int:
-        """Return how many rows are there already."""
-        return self._rows
+        """Return how many rows are there already, evaluated or waiting."""
+        return self._rows + self._pending
 
     def _keep(self, rows: int) -> None:
         """Forget all rows from `rows` on, waiting ones included."""
@@ -117,8 +117,9 @@ class EagleDrafter(Drafter):
                 self._head.truncate(rows)
                 self._rows = rows
 
-    def hidden(self, first: int, states: Floats) -> None:
+    def hidden(self, text: Tokens, first: int, states: Floats) -> None:
         """Take the target's states of positions first, ... float32 [n, n_embd]; one copy, into the head's batch."""
+        self._text = text
         self._keep(first)
         if first > self._rows + self._pending:
             raise BlockffnError(f"EagleDrafter: states from position {first} on, expected {self._rows + self._pending}")
@@ -148,11 +149,14 @@ class EagleDrafter(Drafter):
         return draft
 
     def _evaluate_pending(self, wanted: slice) -> None:
-        """Evaluate the waiting rows; logits for those of the slice."""
+        """Evaluate the waiting rows whose token is known, all but perhaps the last; logits for those of the slice."""
         tokens = self._text[self._rows + 1 : self._rows + 1 + self._pending]
         self._head.evaluate_text(tokens, self._rows, wanted)
-        self._rows += self._pending
-        self._pending = 0
+        self._rows += len(tokens)
+        self._pending -= len(tokens)
+        embd = self._head.batch.embd
+        assert embd is not None
+        embd[: self._pending] = embd[len(tokens) : len(tokens) + self._pending]
 
     def _chain(self, state: Floats, logits: Floats, n: int) -> Draft:
         """Draft the most likely token again and again. state [n_embd], logits [1, n_draft]."""

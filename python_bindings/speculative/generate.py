@@ -47,6 +47,8 @@ class Speculative:
     def set_up_speculation(self: Any, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
         """Use `drafter` from now on (None: plain decoding). `plan` fixes the draft of every step, for experiments."""
         used = drafter or Drafter()
+        if self._loop is not None:
+            self._loop.settle()
         n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
         flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
         if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
@@ -65,6 +67,12 @@ class Speculative:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""
         assert self._loop is not None
         return self._loop.statistics.as_dict()
+
+    def close(self: Any) -> None:
+        """Free the model; a generator that is still open ends quietly."""
+        if self._loop is not None:
+            self._loop.abandon()
+        super().close()  # type: ignore[misc]
 
     def eval(self: Any, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the current text, as llama_cpp.Llama.eval does."""
