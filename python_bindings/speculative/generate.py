@@ -52,7 +52,7 @@ class Speculative:
         n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
         flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
         if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
-            _replace_context(self, n_seq)
+            _replace_context(self, n_seq, exact)
         if exact != self.exact:
             _set_exact(self._ctx.ctx, exact)
         self.exact, self.drafter, self._sequences = exact, drafter, n_seq
@@ -191,17 +191,18 @@ def _union_counter(llm: Any) -> Callable[[], float] | None:
     return count
 
 
-def _replace_context(llm: Any, n_seq: int) -> None:
-    """Give the model a new, empty context with `n_seq` sequences in one cache, and flash attention.
+def _replace_context(llm: Any, n_seq: int, exact: bool) -> None:
+    """Give the model a new, empty context with `n_seq` sequences in one cache; exact mode needs flash attention.
 
-    Flash attention does not transpose the values in the cache, so that accepted paths can be moved together.
+    Only there are the values not transposed in the cache, so that an accepted path can be moved together.
     """
     from llama_cpp import _internals as internals
 
     params = llm.context_params
     params.n_seq_max = n_seq
     params.kv_unified = True
-    params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    if exact:
+        params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
     llm._ctx.close()
     llm._ctx = llm._stack.enter_context(
         contextlib.closing(internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose))
