@@ -64,8 +64,8 @@ def run(name: str, *arguments: str | Path, timeout: float = 120) -> str:
     return result.stdout
 
 
-def logits(model: Path) -> np.ndarray:
-    llm = blockffn.Llama(model, n_threads=1)
+def logits(model: Path, n_batch: int = 512) -> np.ndarray:
+    llm = blockffn.Llama(model, n_threads=1, n_batch=n_batch)
     try:
         return llm.logits(TEXT)
     finally:
@@ -81,6 +81,13 @@ def test_quantized_types(model: Path, kind: str, tmp_path: Path) -> None:
     quantize(model, tmp_path / "q.gguf", kind)
     error = nmse(logits(tmp_path / "q.gguf"), logits(model))
     assert 0 < error < BOUNDS[kind]
+
+
+@pytest.mark.parametrize("n_batch", [2, 3, 4, 8, 13, 16, 33, 64])
+def test_q4_0_batches_agree_with_single_tokens(model: Path, tmp_path: Path, n_batch: int) -> None:
+    """Each size takes other kernels; on a CPU with AMX stock builds by GCC 12 crash here (patches/0001)."""
+    quantize(model, tmp_path / "small.gguf", "Q4_0")
+    assert nmse(logits(tmp_path / "small.gguf", n_batch), logits(tmp_path / "small.gguf", 1)) < 1e-3
 
 
 def test_expert_rows_that_do_not_fit_fall_back(model: Path) -> None:
