@@ -123,6 +123,7 @@ def print_runs(runs: list[Run]) -> None:
         same = "the plain text" if run.texts == runs[0].texts else "DIFFERS from the plain text"
         per_step = (run.steps + run.accepted) / run.steps
         print(f"{run.name:<16}{run.speed:10.1f}{per_step:13.2f}{accepted:>18}   {same}")
+    print("A drafter that costs more than it gains is switched off, with this model soon: a plain step is so cheap.")
 
 
 def print_sparsity(path: Path) -> None:
