@@ -49,7 +49,7 @@ def write_gguf(
     folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.", suffix=".partial", dir=outfile.parent))
     writer: GGUFWriter | None = None
     try:
-        writer = GGUFWriter(folder / outfile.name, arch, split_max_size=split_max_size if plan else 0)
+        writer = FastWriter(folder / outfile.name, arch, split_max_size=split_max_size if plan else 0)
         for key, value in values.items():
             add_value(writer, key, value)
         for tensor in plan:
@@ -75,6 +75,26 @@ def write_gguf(
             for stream in writer.fout:
                 stream.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class FastWriter(GGUFWriter):
+    """GGUFWriter that packs long arrays, a vocabulary's, at once instead of element by element; the bytes are the "
+    "same."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        plain = vtype is GGUFValueType.ARRAY and sub_type is None and isinstance(val, list)
+        kinds = {type(item) for item in val} if plain else set()
+        if len(kinds) != 1 or len(val) < 1000 or (kind := kinds.pop()) not in (int, float, str):
+            return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
+        if kind is str:
+            encoded = [text.encode() for text in val]
+            content = b"".join(len(text).to_bytes(8, "little") + text for text in encoded)
+        else:
+            content = np.asarray(val, "<i4" if kind is int else "<f4").tobytes()
+        head = self._pack("I", vtype) if add_vtype else b""
+        return bytes(head + self._pack("I", GGUFValueType.get_type(val[0])) + self._pack("Q", len(val)) + content)
 
 
 def check_target(outfile: Path, n_bytes: int) -> None:

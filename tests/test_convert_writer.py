@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from gguf import GGUFReader, quants
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from blockffn.cli import main
 from blockffn.convert import convert_checkpoint, load_canonical, writer
@@ -114,6 +114,15 @@ def test_metadata_cannot_change_the_model(tmp_path: Path, content: str) -> None:
     (tmp_path / "extra.json").write_text(content)
     with pytest.raises(BlockffnError, match=r"extra\.json"):
         convert_checkpoint(write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", metadata=tmp_path / "extra.json")
+
+
+@pytest.mark.parametrize(
+    "values", [[1, -2, 3] * 500, [0.5, -1e6] * 700, ["", "a", "\u4f60\u597d"] * 400, [True] * 2000, [1]]
+)
+def test_long_arrays_are_packed_as_gguf_packs_them(tmp_path: Path, values: list[Any]) -> None:
+    stock, fast = (kind(None, "x") for kind in (GGUFWriter, writer.FastWriter))
+    expected = stock._pack_val(values, GGUFValueType.ARRAY, True)
+    assert fast._pack_val(values, GGUFValueType.ARRAY, True) == bytes(expected)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
