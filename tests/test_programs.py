@@ -167,3 +167,11 @@ def test_split_and_merged(model: Path, tmp_path: Path) -> None:
     subprocess.run(list(map(str, split)), check=True, capture_output=True)
     first = min(tmp_path.iterdir())
     assert np.array_equal(logits(first), logits(model))
+
+
+def test_every_architecture_of_llama_cpp_still_works() -> None:
+    """Upstream's own test: each architecture, ours included, evaluated and saved and loaded again."""
+    result = subprocess.run([library.program("test-llama-archs")], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert re.search(r"blockffn\|.*MoE\|.*OK", result.stdout)
+    assert re.search(r"all \d+ test\(s\) passed", result.stdout)
