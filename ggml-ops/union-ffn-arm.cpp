@@ -126,7 +126,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t] = vld1q_f32(acc[t] + r);
         }
         for (int64_t b = 0; b < k / BLOCK; b++, w++) {
-            __builtin_prefetch((const char *) w + 1024);
             if (next) {
                 __builtin_prefetch(next + ((const char *) w - rows));
             }
@@ -159,7 +158,7 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel q4_dot_kernel = { "q4_0_4x4", 4, 1, TILE, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>, copy_sums };
+const union_kernel q4_dot_kernel = { "q4_0_4x4", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>, copy_sums };
 
 }  // namespace
 
@@ -168,7 +167,7 @@ const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t int
         return nullptr;
     }
 #    if defined(__ARM_FEATURE_MATMUL_INT8)
-    static const union_kernel q4_mm_kernel = { "q4_0_4x8",    4, 1, TILE, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>,
+    static const union_kernel q4_mm_kernel = { "q4_0_4x8",    4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>,
                                                copy_sums };
     if (inter == 8) {
         return &q4_mm_kernel;

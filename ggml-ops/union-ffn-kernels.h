@@ -19,6 +19,7 @@ struct union_kernel {
     int64_t      rows;   // rows come in groups of this many
     int64_t      lanes;  // partial sums per row
     int64_t      tile;   // most activation rows per call
+    int64_t      ahead;  // bytes to ask for ahead of its reads of long rows; 0: it does that itself
 
     // bytes of an activation row of k values
     size_t (*act_size)(const union_weight & w, int64_t k);
@@ -28,7 +29,7 @@ struct union_kernel {
     void (*act_pack)(const union_weight & w, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act);
 
     // acc[t][row*lanes + lane] += partial sums of n_rows consecutive rows starting at `rows` with act[t], t < n_act <= tile;
-    // memory at `next`, as long as the rows, will be wanted soon (may be NULL)
+    // memory at `next`, as long as the rows, will be wanted soon (may be NULL): a kernel prefetches it as it goes along
     void (*dot)(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
                 float * const * acc, const char * next);
 

@@ -87,7 +87,7 @@ inline void float_dot_rows(int64_t k, const char * rows, size_t row_size, const 
         }
 #    pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            _mm_prefetch((const char *) (w[r] + i) + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *) (w[r] + i) + 1024, _MM_HINT_T0);  // every row is a stream of its own
             const vec wr = load(w[r] + i);
 #    pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
@@ -150,9 +150,9 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel f32_kernel  = { "f32",  1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<float>,       copy_sums };
-const union_kernel f16_kernel  = { "f16",  1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, copy_sums };
-const union_kernel bf16_kernel = { "bf16", 1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, copy_sums };
+const union_kernel f32_kernel  = { "f32",  1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>,       copy_sums };
+const union_kernel f16_kernel  = { "f16",  1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, copy_sums };
+const union_kernel bf16_kernel = { "bf16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, copy_sums };
 
 }  // namespace
 

@@ -42,8 +42,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t] = _mm512_loadu_ps(acc[t] + 16 * g);
         }
         for (int64_t b = 0; b < n_blocks; b++, w++) {
-            _mm_prefetch((const char *) w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + AHEAD + 64, _MM_HINT_T0);
             if (next) {
                 prefetch_lines(next + ((const char *) w - rows), sizeof(block_q4_0x8));
             }
@@ -108,8 +106,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t][1] = _mm256_loadu_ps(acc[t] + 16 * g + 8);
         }
         for (int64_t b = 0; b < n_blocks; b++, w++) {
-            _mm_prefetch((const char *) w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + AHEAD + 64, _MM_HINT_T0);
             if (next) {
                 prefetch_lines(next + ((const char *) w - rows), sizeof(block_q4_0x8));
             }
@@ -173,7 +169,7 @@ void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {
     }
 }
 
-const union_kernel q4_kernel = { "q4_0_8x8", 8, 2, Q4_TILE, int8_act_size, q4_act_pack, q4_dot, add_lane_pairs };
+const union_kernel q4_kernel = { "q4_0_8x8", 8, 2, Q4_TILE, 1536, int8_act_size, q4_act_pack, q4_dot, add_lane_pairs };
 
 }  // namespace
 

@@ -164,7 +164,7 @@ void q8_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, cons
             sum[t] = q8_load(acc[t] + r);
         }
         for (int64_t b = 0; b < n_blocks; b++) {
-            if (b % 2 == 0) {
+            if (b % 2 == 0) {  // every row is a stream of its own
                 for (int64_t i = 0; i < Q8_ROWS; i++) {
                     _mm_prefetch((const char *) block_at(group, w.row_size, i, b) + 512, _MM_HINT_T0);
                 }
@@ -200,7 +200,7 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, int8_act_size, q8_act_pack, q8_dot, copy_sums };
+const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, 0, int8_act_size, q8_act_pack, q8_dot, copy_sums };
 
 }  // namespace
 
