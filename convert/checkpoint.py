@@ -148,8 +148,8 @@ def _download(repository: str) -> Path:
     except Exception as error:  # the library raises many kinds: network, name, permission, disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BlockffnError(
-            f"{repository}: no such folder, and the hub did not deliver it ({reason}); check the name and the network, "
-            "or download the folder and name its path"
+            f"{repository}: no such folder, and the hub did not deliver it ({reason}); check the name and the "
+            "network, or download the folder and name its path"
         ) from error
 
 

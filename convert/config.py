@@ -33,12 +33,12 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         return config_blockffn.read(checkpoint)
     if name == "MiniCPMForCausalLM" or config.get("model_type") == "minicpm":
         raise BlockffnError(
-            "config.json: ffn_type is missing: this is an ordinary MiniCPM model, not a BlockFFN one; convert it with "
-            "llama.cpp's own convert_hf_to_gguf.py"
+            "config.json: ffn_type is missing: this is an ordinary MiniCPM model, not a BlockFFN one; convert it "
+            "with llama.cpp's own convert_hf_to_gguf.py"
         )
     raise BlockffnError(
-        f"config.json: architectures: expected {OURS}, found {name!r}; other models are converted with llama.cpp's own "
-        "convert_hf_to_gguf.py"
+        f"config.json: architectures: expected {OURS}, found {name!r}; other models are converted with llama.cpp's "
+        "own convert_hf_to_gguf.py"
     )
 
 

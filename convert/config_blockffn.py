@@ -22,9 +22,11 @@ from blockffn.convert.config_common import (
     model_name,
     read_rope,
     read_token_ids,
+    read_vocab_size,
 )
 from blockffn.convert.fields import Fields
 from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.convert.tensor_names import BMTRAIN, HF
 from blockffn.errors import BlockffnError
 
 MLA_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm are built without an eps argument
@@ -47,7 +49,7 @@ UNUSED = (
 
 def read(checkpoint: Checkpoint) -> ModelConfig:
     """Read a Hugging Face config.json whose ffn_type is block, block_linear, vanilla or moe."""
-    return _read(checkpoint, Fields(checkpoint.config, "config.json", checkpoint.note), "model.layers.")
+    return _read(checkpoint, Fields(checkpoint.config, "config.json", checkpoint.note), HF)
 
 
 def read_bmtrain(checkpoint: Checkpoint) -> ModelConfig:
@@ -55,16 +57,14 @@ def read_bmtrain(checkpoint: Checkpoint) -> ModelConfig:
     own = Fields(checkpoint.config, "config.json", checkpoint.note)
     values = _translate_bmtrain(checkpoint, own)
     own.check_unknown(BMTRAIN_HARMLESS, ())
-    return _read(
-        checkpoint, Fields(values, "config.json (translated from BMTrain names)", checkpoint.note), "encoder.layers."
-    )
+    return _read(checkpoint, Fields(values, "config.json (translated from BMTrain names)", checkpoint.note), BMTRAIN)
 
 
-def _read(checkpoint: Checkpoint, fields: Fields, prefix: str) -> ModelConfig:
+def _read(checkpoint: Checkpoint, fields: Fields, names: dict[str, str]) -> ModelConfig:
     family = fields.choice("ffn_type", FFN_TYPES)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     check_heads(fields, hidden, heads)
-    n_layer = _layers(checkpoint, fields, prefix)
+    n_layer = _layers(checkpoint, fields, names["layer"].removesuffix("{i}."))
     for key in ("attention_bias", "mlp_bias", "qk_norm", "attention_out_bias"):
         fields.refuse(key, (False,), "biases and query/key norms are not part of BlockFFN")
     n_ctx = fields.integer("max_position_embeddings", 4096)
@@ -72,11 +72,11 @@ def _read(checkpoint: Checkpoint, fields: Fields, prefix: str) -> ModelConfig:
     rms_eps = fields.number("rms_norm_eps", 1e-6)
     moe = _read_moe(checkpoint, fields, family, rms_eps)
     bos, eos, pad = read_token_ids(fields)
-    mla = _read_mla(checkpoint, fields, hidden // heads)
+    mla = _read_mla(checkpoint, fields, _v_head_dim(fields, hidden // heads, trained=names is BMTRAIN))
     config = ModelConfig(
         name=model_name(checkpoint),
         family=family,
-        n_vocab=fields.integer("vocab_size"),
+        n_vocab=read_vocab_size(checkpoint, fields, names["embed"]),
         n_embd=hidden,
         n_layer=n_layer,
         n_head=heads,
@@ -115,7 +115,21 @@ def _layers(checkpoint: Checkpoint, fields: Fields, prefix: str) -> int:
     return n_layer
 
 
-def _read_mla(checkpoint: Checkpoint, fields: Fields, head_dim: int) -> MlaConfig | None:
+def _v_head_dim(fields: Fields, head_dim: int, trained: bool) -> int:
+    """The training code uses dim_v_head; the Hugging Face class ignores v_head_dim and takes hidden_size / heads."""
+    if not fields.has("v_head_dim"):
+        return head_dim
+    if trained:
+        return fields.integer("v_head_dim")
+    if fields.values["v_head_dim"] != head_dim:
+        fields.note(
+            f"v_head_dim = {fields.values['v_head_dim']} is stale: the authors' code uses hidden_size / "
+            f"num_attention_heads = {head_dim}"
+        )
+    return head_dim
+
+
+def _read_mla(checkpoint: Checkpoint, fields: Fields, v_head_dim: int) -> MlaConfig | None:
     has_mla = any(".kv_a_proj_with_mqa." in name or ".kv_down_proj." in name for name in checkpoint.tensors)
     if not fields.has("attention_type"):
         fields.note(f"config.json has no attention_type; the tensors are {'MLA' if has_mla else 'plain attention'}")
@@ -129,17 +143,12 @@ def _read_mla(checkpoint: Checkpoint, fields: Fields, head_dim: int) -> MlaConfi
         )
     if kind != "mla":
         return None
-    if fields.has("v_head_dim") and fields.values["v_head_dim"] != head_dim:
-        fields.note(
-            f"v_head_dim = {fields.values['v_head_dim']} is stale: the authors' code uses hidden_size / "
-            f"num_attention_heads = {head_dim}"
-        )
     return MlaConfig(
         q_lora_rank=fields.integer("q_lora_rank"),
         kv_lora_rank=fields.integer("kv_lora_rank"),
         nope_head_dim=fields.integer("qk_nope_head_dim"),
         rope_head_dim=fields.integer("qk_rope_head_dim"),
-        v_head_dim=head_dim,
+        v_head_dim=v_head_dim,
         norm_eps=MLA_NORM_EPS,
     )
 
@@ -181,8 +190,7 @@ def _router_norm(checkpoint: Checkpoint, fields: Fields) -> str:
     if has_weight and norm != "rms":
         raise BlockffnError(
             "config.json: norm_after_router: expected rms, as the checkpoint holds router_norm.weight, found "
-            f"{norm!r}; "
-            "correct the file"
+            f"{norm!r}; correct the file"
         )
     return norm
 

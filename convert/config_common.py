@@ -40,9 +40,8 @@ def read_rope(fields: Fields, n_ctx_train: int) -> tuple[str, float]:
     if kind == "dynamic":
         fields.note(
             f"rope_scaling dynamic (factor {factor:g}) changes nothing up to max_position_embeddings = {n_ctx_train}, "
-            "and "
-            f"llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, not "
-            "beyond"
+            f"and llama.cpp has no such scaling: the model runs in llama.cpp up to {n_ctx_train} tokens of context, "
+            "not beyond"
         )
     return kind, factor
 
@@ -61,6 +60,15 @@ def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...], int | N
 
     bos, eos, pad = ids("bos_token_id"), ids("eos_token_id"), ids("pad_token_id")
     return (bos[0] if bos else None), eos, (pad[0] if pad else None)
+
+
+def read_vocab_size(checkpoint: Checkpoint, fields: Fields, embed: str) -> int:
+    """Return vocab_size; a file without it is settled by the rows of the embedding."""
+    if not fields.has("vocab_size") and embed in checkpoint.tensors:
+        rows = checkpoint.tensors[embed].shape[0]
+        fields.note(f"{fields.file} has no vocab_size; the embedding has {rows} rows")
+        return rows
+    return fields.integer("vocab_size")
 
 
 def count_layers(checkpoint: Checkpoint, prefix: str) -> int:

@@ -13,7 +13,15 @@ import ast
 from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
-from blockffn.convert.config_common import HARMLESS, check_heads, count_layers, model_name, read_rope, read_token_ids
+from blockffn.convert.config_common import (
+    HARMLESS,
+    check_heads,
+    count_layers,
+    model_name,
+    read_rope,
+    read_token_ids,
+    read_vocab_size,
+)
 from blockffn.convert.fields import Fields
 from blockffn.convert.model_config import ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
@@ -28,9 +36,9 @@ ROUTER_TYPES = (None, "", "blockffn", "relu", "deco")
 UNUSED = (  # read by other routers of the training framework, or asserted only
     "expert_act_norm_type", "expert_act_norm_init_var", "moe_router_pre_softmax", "moe_router_topk", "moe_router_topp",
     "moe_router_score_function", "moe_router_topk_scaling_factor", "router_target_act_ratio", "moe_aux_loss_coeff",
-    "moe_use_target_for_loss_free", "moe_expert_bias_update_method",
+    "moe_use_target_for_loss_free", "moe_expert_bias_update_method", "mup_denominator",
 )  # fmt: skip
-MUP = ("scale_emb", "scale_depth", "dim_model_base", "mup_denominator")
+MUP = ("scale_emb", "scale_depth", "dim_model_base")  # of the base model; mean nothing unless use_mup is true
 KNOWN = (
     "vocab_size", "hidden_size", "num_layers", "num_hidden_layers", "num_attention_heads", "num_query_groups",
     "num_key_value_heads", "head_dim", "ffn_hidden_size", "intermediate_size", "norm_epsilon", "rms_norm_eps",
@@ -65,7 +73,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
     config = ModelConfig(
         name=model_name(checkpoint),
         family="deco",
-        n_vocab=fields.integer("vocab_size"),
+        n_vocab=read_vocab_size(checkpoint, fields, "model.embed_tokens.weight"),
         n_embd=hidden,
         n_layer=n_layer,
         n_head=heads,
@@ -135,6 +143,14 @@ def _refuse_other_meanings(fields: Fields) -> None:
     fields.refuse(
         "use_mup", (False,), "true scales embeddings, residuals and logits in ways the published models do not use"
     )
+    scales = [key for key in MUP if fields.has(key) and fields.values[key] != 1]
+    if scales and not fields.has("use_mup"):
+        raise BlockffnError(
+            f"{fields.file}: use_mup: expected false beside {', '.join(scales)}, found nothing; no tensor shape can "
+            "tell whether these scales are applied: add use_mup from the original configuration"
+        )
+    if scales:
+        fields.note(f"not believed, as use_mup is false: {', '.join(scales)}")
     fields.refuse("router_type", ROUTER_TYPES, "another router computes other scores")
     fields.refuse("moe_router_dtype", ("fp32", "float32"), "router scores are computed in float32")
     for key in ("attention_bias", "mlp_bias", "add_bias_linear", "add_qkv_bias", "qk_layernorm"):
@@ -189,9 +205,8 @@ def _epsilon(fields: Fields) -> float:
     if fields.has("rms_norm_eps") and fields.number("rms_norm_eps") != eps:
         raise BlockffnError(
             f"config.json: norm_epsilon = {eps:g} and rms_norm_eps = {fields.values['rms_norm_eps']:g} contradict "
-            "each other, "
-            "and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the training "
-            "framework's)"
+            "each other, and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the "
+            "training framework's)"
         )
     return eps
 
@@ -271,8 +286,7 @@ def _router_norm(fields: Fields, n_expert: int) -> tuple[str, float, int]:
     if kind == "normal":
         fields.note(
             "WARNING: router_norm_type normal gives inactive experts a score, so every expert works on every token: "
-            "the "
-            "model is dense by nature and no sparse op can speed it up"
+            "the model is dense by nature and no sparse op can speed it up"
         )
     if kind == "null":
         return "none", 1.0, 0

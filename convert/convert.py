@@ -132,11 +132,11 @@ class _Digest:
         return self.future.result
 
     def _run(self) -> str:
-        lines = hashlib.sha256()
+        lines, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
         for file in self.files:
             one = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while (piece := stream.read(1 << 20)) and not self.stop:
-                    one.update(piece)
+            with open(file, "rb", buffering=0) as stream:
+                while (count := stream.readinto(piece)) and not self.stop:
+                    one.update(piece[:count])
             lines.update(f"{one.hexdigest()}  {file.name}\n".encode())
         return lines.hexdigest()

@@ -59,8 +59,8 @@ class PickleFile:
             state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=_is_zip(self.file))
         except pickle.UnpicklingError as error:
             raise BlockffnError(
-                f"{self.file}: refused: the pickle holds more than tensors, and loading it could run code; "
-                "save the state dict alone, best as safetensors"
+                f"{self.file}: refused: the pickle holds more than tensors, and loading it could run code; save the "
+                "state dict alone, best as safetensors"
             ) from error
         except Exception as error:  # truncated archives raise RuntimeError, EOFError, KeyError, ...
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -74,6 +74,9 @@ def _parse(content: bytes) -> SentencePieceModel:
 
 
 def _piece(content: bytes) -> Piece:
+    size = content[1] if content[:1] == b"\n" else 0x80
+    if size < 0x80 and content[2 + size : 3 + size] == b"\x15" and len(content) == size + 7:  # text, score: nearly all
+        return Piece(content[2 : 2 + size].decode("utf-8"), struct.unpack_from("<f", content, size + 3)[0], NORMAL)
     text, score, kind = "", 0.0, NORMAL
     for number, value in _fields(content):
         if number == 1 and isinstance(value, bytes):

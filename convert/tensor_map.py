@@ -74,8 +74,7 @@ def map_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source
         more = f" and {len(leftover) - 1} more" if len(leftover) > 1 else ""
         raise BlockffnError(
             f"{checkpoint.tensors[leftover[0]].file.name}: tensor {leftover[0]}{more}: nothing in this model claims "
-            "it; "
-            "config.json does not describe this file, or it belongs to another model"
+            "it; config.json does not describe this file, or it belongs to another model"
         )
     return sources
 
@@ -179,12 +178,11 @@ def _plain_source(
                 return Source(spelled, (), shape, lambda values: values.reshape(1))
             raise BlockffnError(
                 f"{info.file.name}: {spelled}: expected shape {list(shape)}, found {list(info.shape)}; config.json "
-                "and the "
-                "weights differ"
+                "and the weights differ"
             )
     raise BlockffnError(
-        f"{checkpoint.folder}: tensor missing: expected {' or '.join(candidates)} of shape {list(shape)}; download the "
-        "checkpoint again, or correct config.json"
+        f"{checkpoint.folder}: tensor missing: expected {' or '.join(candidates)} of shape {list(shape)}; download "
+        "the checkpoint again, or correct config.json"
     )
 
 

@@ -38,13 +38,27 @@ def read_tokenizer_json(path: Path) -> Parts:
     if not isinstance(model, dict) or "vocab" not in model:
         raise BlockffnError(f"{path}: model: expected an object with a vocabulary, found {type(model).__name__}")
     kind = model.get("type", "Unigram" if isinstance(model["vocab"], list) else "BPE")
-    if kind == "Unigram":
-        return _unigram(path, content, model)
-    if kind != "BPE":
+    if kind not in ("BPE", "Unigram"):
         raise BlockffnError(
             f"{path}: model.type: expected BPE or Unigram, found {kind!r}; llama.cpp cannot run it here"
         )
-    return _sentencepiece_bpe(path, content, model) if model.get("byte_fallback") else _byte_level(path, content, model)
+    if kind == "Unigram":
+        parts = _unigram(path, content, model)
+    elif model.get("byte_fallback"):
+        parts = _sentencepiece_bpe(path, content, model)
+    else:
+        parts = _byte_level(path, content, model)
+    parts[4].update(_adds_bos(content))
+    return parts
+
+
+def _adds_bos(content: dict[str, Any]) -> dict[str, bool]:
+    """A template that begins with a special token puts the begin-of-text token before every text."""
+    step = content.get("post_processor") or {}
+    for item in [step, *(step.get("processors") or [])]:
+        if item.get("type") == "TemplateProcessing" and item.get("single"):
+            return {Keys.Tokenizer.ADD_BOS: "SpecialToken" in item["single"][0]}
+    return {}
 
 
 def _table(path: Path, vocab: Any) -> list[str]:
@@ -140,8 +154,7 @@ def _byte_level(path: Path, content: dict[str, Any], model: dict[str, Any]) -> P
         known = ", ".join(PATTERNS.values())
         raise BlockffnError(
             f"{path}: pre_tokenizer: expected the splitting pattern of one of {known}, found {pattern!r}; llama.cpp "
-            "would split "
-            "text differently"
+            "would split text differently"
         )
     tokens = _table(path, model["vocab"])
     types = _types(tokens, set(model["vocab"]), model.get("unk_token"))

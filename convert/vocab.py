@@ -65,7 +65,9 @@ def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
     _pad(vocab, config.n_vocab, folder)
     _check_unique(vocab)
     _special_ids(checkpoint, config, vocab, settings)
-    vocab.values[Keys.Tokenizer.ADD_BOS] = _flag(settings, "add_bos_token", vocab.kind == "llama")
+    vocab.values[Keys.Tokenizer.ADD_BOS] = _flag(
+        settings, "add_bos_token", bool(vocab.values.get(Keys.Tokenizer.ADD_BOS, vocab.kind == "llama"))
+    )
     vocab.values[Keys.Tokenizer.ADD_EOS] = _flag(settings, "add_eos_token", False)
     if vocab.kind != "gpt2":
         prefix = bool(vocab.values.get(Keys.Tokenizer.ADD_PREFIX, True))
@@ -97,8 +99,7 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
     if model.kind not in ("bpe", "unigram"):
         raise BlockffnError(
             f"tokenizer.model: expected a SentencePiece model of type bpe or unigram, found {model.kind}; llama.cpp "
-            "cannot "
-            "run this one"
+            "cannot run this one"
         )
     spaced = [
         piece.text.replace("\u2581", " ") if piece.type == USER_DEFINED else piece.text for piece in model.pieces
@@ -116,21 +117,18 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
         if has_bytes:
             checkpoint.note(
                 "WARNING: tokenizer.model is a unigram model with byte fallback; llama.cpp's unigram tokenizer has "
-                "no byte "
-                "fallback, so characters outside the vocabulary become the unknown token"
+                "no byte fallback, so characters outside the vocabulary become the unknown token"
             )
         return Vocab("t5", spaced, scores, types, values)
     if not has_bytes:
         raise BlockffnError(
             "tokenizer.model: expected byte pieces <0x00> to <0xFF>, found none; llama.cpp needs them for characters "
-            "outside "
-            "the vocabulary: train the tokenizer with byte_fallback"
+            "outside the vocabulary: train the tokenizer with byte_fallback"
         )
     if model.charsmap or model.remove_extra_whitespaces:
         checkpoint.note(
             "WARNING: tokenizer.model normalizes its input (or removes extra spaces), which llama.cpp does not do "
-            "for this "
-            "kind of tokenizer: token ids differ on texts that normalization changes"
+            "for this kind of tokenizer: token ids differ on texts that normalization changes"
         )
     return Vocab("llama", spaced, scores, types, values)
 
@@ -211,8 +209,7 @@ def _check_unique(vocab: Vocab) -> None:
         if text in seen:
             raise BlockffnError(
                 f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for "
-                "llama.cpp refuses "
-                "the file; correct the tokenizer files"
+                "llama.cpp refuses the file; correct the tokenizer files"
             )
         seen[text] = index
 
@@ -259,6 +256,8 @@ def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int |
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         return None
+    if text not in by_text and key in ("pad_token", "unk_token"):
+        return None  # often a leftover of training; the model never writes them
     if text not in by_text:
         raise BlockffnError(
             f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {text!r}; correct the file"

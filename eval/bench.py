@@ -8,8 +8,8 @@
 
 Every candidate is loaded in a process of its own (blockffn.eval.bench_worker), so that its peak memory is its own. The
 phases of one round run one after another, and within a phase the candidates take turns, in alternating order: whatever
-else the machine does meets all of them. Figures are medians over all steps of all rounds; the spread is the distance of
-the quartiles divided by the median.
+else the machine does meets all of them. Figures are medians over all steps of all rounds; the spread is half the
+distance of the quartiles divided by the median.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _rows(worker: Process, memory: dict[str, float], chosen: Sequence[Phase]) ->
                 "phase": phase.name,
                 "n": phase.n,
                 "tokens_per_second": phase.n / middle,
-                "spread": (high - low) / middle,
+                "spread": (high - low) / 2 / middle,
                 "tokens_per_step": 1.0 if phase.name == "decode" else None,
                 "acceptance": None,
                 "step_ms": 1e3 * middle,

@@ -4,8 +4,8 @@
     python -m blockffn.eval.bench_ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
 
 The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
-{"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between the
-quartiles over the median. Run it with nothing else on the machine.
+{"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between
+the quartiles over the median. Run it with nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ DOCS = ROOT / "docs"
 def measure(program: Path, arguments: list[str]) -> list[Row]:
     """Run bench-ops and return its rows, showing each as it comes."""
     if not program.is_file():
-        raise BlockffnError(f"{program} is missing: build it with `make build` (BUILD_PROFILE={program.parent.parent.name})")
+        raise BlockffnError(
+            f"{program} is missing: build it with `make build` (BUILD_PROFILE={program.parent.parent.name})"
+        )
     rows: list[Row] = []
     print(header(), flush=True)
     with subprocess.Popen([str(program), *arguments], stdout=subprocess.PIPE, text=True) as process:
@@ -85,7 +87,11 @@ def plot(rows: list[Row], target: Path, title: str) -> None:
             axis = axes[i][j]
             panel = [row for row in rows if row["shape"] == shape and row["type"] == kind]
             tokens = [row["n"] for row in panel]
-            for key, label in [("dense_ms", "stock dense"), ("mul_mat_id_ms", "stock mul_mat_id"), ("ours_ms", "union FFN")]:
+            for key, label in [
+                ("dense_ms", "stock dense"),
+                ("mul_mat_id_ms", "stock mul_mat_id"),
+                ("ours_ms", "union FFN"),
+            ]:
                 axis.loglog(tokens, [row[key] for row in panel], marker="o", markersize=3, label=label)
             axis.set_title(f"{shape}, {kind}", fontsize=9)
             axis.set_xticks(tokens, [str(n) for n in tokens])
@@ -102,7 +108,9 @@ def write_files(result: dict[str, Any], folder: Path) -> None:
     """Write bench-ops-<profile>.json, .md and .png to `folder`."""
     place = result["environment"]
     stem = f"bench-ops-{place['profile']}"
-    title = f"{place['cpu']}, profile {place['profile']}, {result['rows'][0]['threads']} threads, commit {place['commit']}"
+    title = (
+        f"{place['cpu']}, profile {place['profile']}, {result['rows'][0]['threads']} threads, commit {place['commit']}"
+    )
     table = "\n".join([header(), *(table_line(row) for row in result["rows"])])
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(f"# make bench-ops\n\n{title}, {place['date']}.\n\n{table}\n")
@@ -127,7 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         binaries = options.build.resolve() / "bin"
         rows = measure(binaries / "bench-ops", passed)
-        result = {"environment": environment(binaries), "rows": [{**row, "profile": binaries.parent.name} for row in rows]}
+        result = {
+            "environment": environment(binaries),
+            "rows": [{**row, "profile": binaries.parent.name} for row in rows],
+        }
         if not options.no_files:
             write_files(result, options.output)
     except (BlockffnError, OSError) as error:

@@ -83,6 +83,11 @@ class PlantedShape:
         """scale_emb of the BlockFFN family; DECO has none."""
         return 12.0 if self.family == "blockffn" else 1.0
 
+    @property
+    def branch_gain(self) -> float:
+        """Factor on output matrices: what scale_depth does in the BlockFFN family, DECO has to do in its weights."""
+        return 1.0 if self.family == "blockffn" else 1.4 / self.n_layer**0.5
+
 
 # Dimensions: table of published shapes, BlockFFN arXiv 2507.08771 and DECO arXiv 2605.10933. The dense layer of DECO
 # has the published 0.5B ratio, ffn_hidden_size 3360 at hidden size 1280.
@@ -188,7 +193,7 @@ class Planted:
 
     def output_matrix(self, n_in: int, std: float | None = None) -> Array:
         """Return a random matrix into the residual stream, [n_embd, n_in], that spares the reserved coordinates."""
-        values = self.matrix(self.shape.n_embd, n_in, std)
+        values = self.matrix(self.shape.n_embd, n_in, self.shape.branch_gain * (n_in**-0.5 if std is None else std))
         values[: self.shape.n_reserved] = 0
         return values
 

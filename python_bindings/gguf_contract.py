@@ -20,7 +20,9 @@ CONTEXT_LENGTH = "context_length"
 EMBEDDING_LENGTH = "embedding_length"
 BLOCK_COUNT = "block_count"
 VOCAB_SIZE = "vocab_size"
-FEED_FORWARD_LENGTH = "feed_forward_length"  # width of the dense FFN; 0 marks a layer of experts; one value or one per layer
+FEED_FORWARD_LENGTH = (
+    "feed_forward_length"  # width of the dense FFN; 0 marks a layer of experts; one value or one per layer
+)
 HEAD_COUNT = "attention.head_count"
 HEAD_COUNT_KV = "attention.head_count_kv"
 KEY_LENGTH = "attention.key_length"
@@ -35,6 +37,9 @@ ROPE_DIMENSION_COUNT = "rope.dimension_count"
 ROPE_FREQ_BASE = "rope.freq_base"
 ROPE_SCALING_TYPE = "rope.scaling.type"
 ROPE_SCALING_FACTOR = "rope.scaling.factor"
+ROPE_DYNAMIC_FACTOR = (
+    "rope.scaling.dynamic_factor"  # ours: dynamic NTK, refused beyond context_length; scaling.type is none
+)
 EMBEDDING_SCALE = "embedding_scale"
 RESIDUAL_SCALE = "residual_scale"
 LOGIT_SCALE = "logit_scale"
@@ -47,6 +52,7 @@ EXPERT_SHARED_FEED_FORWARD_LENGTH = "expert_shared_feed_forward_length"
 EXPERT_ACTIVATION = "expert_activation"
 EXPERT_ACTIVATION_EPSILON = "expert_activation_epsilon"  # eps of the NormSiLU norm
 EXPERT_LAYOUT = "expert_layout"
+HIDDEN_ACTIVATION = "hidden_activation"  # upstream's name: activation of dense and shared FFNs (silu, relu, gelu)
 ROUTER_NORM = "router.norm"
 ROUTER_NORM_EPSILON = "router.norm_epsilon"  # eps of norm `rms`
 ROUTER_NORM_SCALE = "router.norm_scale"  # factor on the sum of norm `sum`
@@ -91,6 +97,13 @@ FFN_ACT_MEAN = "blk.{i}.ffn_act_mean.weight"  # ours: mean row of all up (or gat
 FFN_GATE_SHEXP = "blk.{i}.ffn_gate_shexp.weight"
 FFN_UP_SHEXP = "blk.{i}.ffn_up_shexp.weight"
 FFN_DOWN_SHEXP = "blk.{i}.ffn_down_shexp.weight"
+
+# The draft head (blockffn-eagle) has its layers' names from above and, beside them:
+DRAFT_TOKENS = "draft_tokens"  # ours: cut draft vocabulary: row of the output matrix -> token; absent where not cut
+FC = "fc.weight"  # [n_embd, 2 * n_embd]: on the normed embedding, then the normed hidden state
+FC_BIAS = "fc.bias"
+EMBD_NORM = "blk.{i}.nextn.enorm.weight"  # layer 0 only, as HIDDEN_NORM
+HIDDEN_NORM = "blk.{i}.nextn.hnorm.weight"
 
 
 def key(name: str, arch: str = ARCH) -> str:

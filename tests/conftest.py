@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: tests share the machine with others
 
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 

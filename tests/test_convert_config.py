@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
+from blockffn.convert import load_canonical
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.config import read_config
 from blockffn.convert.config_deco import parse_layer_freq
@@ -40,6 +41,23 @@ def test_v_head_dim_of_the_file_is_ignored(tmp_path: Path) -> None:
     config, notes = read(tmp_path, n_head=2, nope=20, config={"v_head_dim": 999})
     assert config.mla is not None and config.mla.v_head_dim == 32
     assert "v_head_dim = 999 is stale" in notes
+
+
+def test_training_files_have_their_own_value_width(tmp_path: Path) -> None:
+    """BMTrain's code takes dim_v_head, whatever hidden size / heads is; a missing vocab_size follows from the rows."""
+    shape = {"layout": "bmtrain", "n_head": 2, "nope": 20}
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            at = f"encoder.layers.{layer}.self_att.self_attention."
+            tensors[at + "kv_up_proj.weight"] = torch.zeros(2 * (20 + 24), 16)
+            tensors[at + "o_proj.weight"] = torch.zeros(64, 2 * 24)
+
+    changes = {"dim_v_head": 24, "vocab_size": None}
+    config, notes = read(tmp_path, **shape, edit=widen, config=changes)  # type: ignore[arg-type]
+    assert config.mla is not None and (config.mla.v_head_dim, config.n_vocab) == (24, 512)
+    assert "the embedding has 512 rows" in notes
+    load_canonical(tmp_path)
 
 
 def test_defaults_of_the_authors_code(tmp_path: Path) -> None:
@@ -109,6 +127,12 @@ def test_deco_without_the_new_key_needs_a_right_old_one(tmp_path: Path, key: str
         read(tmp_path, **DECO, config={key: None})
 
 
+def test_deco_scales_of_the_base_model_are_not_believed(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, config={"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256})
+    assert (config.embedding_scale, config.residual_scale, config.logit_scale) == (1.0, 1.0, 1.0)
+    assert "not believed, as use_mup is false: scale_emb, scale_depth, dim_model_base" in notes
+
+
 def test_deco_gate_is_decided_by_the_tensor(tmp_path: Path) -> None:
     config, notes = read(tmp_path, **DECO, gated=True, config={"expert_not_gated": None})
     assert config.moe is not None and config.moe.gated
@@ -131,8 +155,6 @@ def test_deco_router_variants(tmp_path: Path) -> None:
 
 
 def test_unused_router_norm_of_deco(tmp_path: Path) -> None:
-    from blockffn.convert import load_canonical
-
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.router_norm.weight"] = torch.ones(7)
 

@@ -203,6 +203,7 @@ CASES: list[Case] = [
     ("deco router type", DECO, set_config(router_type="topk"), {}, ["router_type", "'topk'"]),
     ("deco layer class", DECO, set_config(use_blockffn=False), {}, ["use_blockffn", "found False"]),
     ("deco scales", DECO, set_config(use_mup=True), {}, ["use_mup", "found True"]),
+    ("deco unclear scales", DECO, set_config(use_mup=..., scale_emb=12), {}, ["use_mup", "beside scale_emb"]),
     ("deco activation", DECO, set_config(expert_act_func="norm_gelu"), {}, ["expert_act_func", "norm_silu_nomean"]),
     ("deco norm", DECO, set_config(router_norm_type="softmax"), {}, ["router_norm_type", "simple, null, rms, normal"]),
     ("deco norm missing", DECO, set_config(router_norm_type=...), {}, ["router_norm_type", "found nothing"]),

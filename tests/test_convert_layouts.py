@@ -11,7 +11,7 @@ import torch
 from checkpoints import DTYPES, FORMATS, LAYOUTS, Shape, canonical_tensors, write_checkpoint
 from gguf import GGUFReader, quants
 
-from blockffn.convert import convert_checkpoint, load_canonical
+from blockffn.convert import convert_checkpoint, load_canonical, pickles
 from blockffn.convert.checkpoint import open_checkpoint
 from blockffn.convert.config import read_config
 
@@ -85,6 +85,16 @@ def test_transposed_view_in_a_pickle(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, fmt="pickle", edit=transpose)
     _, tensors = load_canonical(tmp_path)
     assert torch.equal(tensors["layers.0.router"], canonical_tensors(Shape())["layers.0.router"])
+
+
+def test_pickles_are_mapped_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that were read stay resident until the file is mapped again; doing so between tensors changes nothing."""
+    parsed = []
+    parse = pickles.PickleFile._parse
+    monkeypatch.setattr(pickles, "REOPEN_BYTES", 10_000)
+    monkeypatch.setattr(pickles.PickleFile, "_parse", lambda self: parsed.append(self) or parse(self))
+    check(tmp_path, fmt="pickle_sharded")
+    assert len(parsed) > 10
 
 
 def test_a_layout_of_the_same_model_gives_the_same_file(tmp_path: Path) -> None:

@@ -66,13 +66,16 @@ def test_token_ids_equal_sentencepiece(tmp_path: Path) -> None:
     check_ids(tmp_path / "m.gguf", (DATA / "tokenizer.model").read_bytes(), samples)
 
 
-@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
-def test_unigram_model(tmp_path: Path, normalization: str) -> None:
+@pytest.mark.parametrize("normalized", [False, True])
+def test_unigram_model(tmp_path: Path, normalized: bool) -> None:
     """A unigram SentencePiece model runs in llama.cpp's own unigram tokenizer, with its normalization."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("FF21\t41\nFF22\t42\n")  # full-width A and B become plain ones
+    normalization = {"normalization_rule_tsv": str(rules)} if normalized else {"normalization_rule_name": "identity"}
     lines = [line for line in texts(1500) if line.strip() and "\x00" not in line and len(line) < 1000]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "uni"), vocab_size=500, model_type="unigram",
-        normalization_rule_name=normalization, num_threads=1, minloglevel=2,
+        num_threads=1, minloglevel=2, **normalization,
     )  # fmt: skip
     source = write_checkpoint(tmp_path / "m")
     model = (tmp_path / "uni.model").read_bytes()
@@ -196,7 +199,8 @@ def sentencepiece_json() -> dict[str, Any]:
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}]}
     model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": vocab}
     model["merges"] = [f"{left} {right}" for _, left, right in merges]
-    return {"model": model, "added_tokens": special, "normalizer": prepend}
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    return {"model": model, "added_tokens": special, "normalizer": prepend, "post_processor": template}
 
 
 def test_tokenizer_json_from_sentencepiece(tmp_path: Path) -> None:
@@ -207,6 +211,7 @@ def test_tokenizer_json_from_sentencepiece(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
     found = keys(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+    assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.token_type"][:3] == [2, 3, 3]
     check_ids(tmp_path / "m.gguf", (DATA / "tokenizer.model").read_bytes(), texts(1000))
 
@@ -226,6 +231,7 @@ def test_byte_level_bpe(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
     found = keys(tmp_path / "m.gguf")
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert found["tokenizer.ggml.add_bos_token"] is False
     ids = open_vocab(tmp_path / "m.gguf").tokenize(b"the the", add_bos=False)
     assert [found["tokenizer.ggml.tokens"][index] for index in ids] == ["the", "\u0120the"]
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from gguf import GGUFReader, quants
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from blockffn.cli import main
 from blockffn.convert import convert_checkpoint, load_canonical, writer
@@ -113,6 +114,15 @@ def test_metadata_cannot_change_the_model(tmp_path: Path, content: str) -> None:
     (tmp_path / "extra.json").write_text(content)
     with pytest.raises(BlockffnError, match=r"extra\.json"):
         convert_checkpoint(write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", metadata=tmp_path / "extra.json")
+
+
+@pytest.mark.parametrize(
+    "values", [[1, -2, 3] * 500, [0.5, -1e6] * 700, ["", "a", "\u4f60\u597d"] * 400, [True] * 2000, [1]]
+)
+def test_long_arrays_are_packed_as_gguf_packs_them(tmp_path: Path, values: list[Any]) -> None:
+    stock, fast = (kind(None, "x") for kind in (GGUFWriter, writer.FastWriter))
+    expected = stock._pack_val(values, GGUFValueType.ARRAY, True)
+    assert fast._pack_val(values, GGUFValueType.ARRAY, True) == bytes(expected)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +246,19 @@ def test_existing_file_is_replaced(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
     assert leftovers(tmp_path) == ["m", "m.gguf"]
+
+
+@pytest.mark.parametrize("outtype", ["bf16", "f16"])
+def test_large_tensors_are_never_whole_in_memory(tmp_path: Path, outtype: str) -> None:
+    """Peak of all allocations: less than one float32 copy of the largest tensor, here 30,000 rows of 256."""
+    source = write_checkpoint(tmp_path / "m", dtype="bf16", n_vocab=30_000, n_embd=256, n_layer=1, tied=True)
+    tracemalloc.start()
+    try:
+        convert_checkpoint(source, tmp_path / "m.gguf", outtype=outtype)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 30_000 * 256
 
 
 def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

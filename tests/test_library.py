@@ -139,3 +139,14 @@ def test_unloadable_library(tmp_path: Path) -> None:
     (tmp_path / "libllama.so").write_bytes(b"not a library")
     code = "import blockffn\ntry:\n    blockffn.Llama\nexcept blockffn.BlockffnError as error:\n    print(error)"
     assert "cannot be loaded" in python(code, BLOCKFFN_LIB_DIR=str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, library.SPIN_ROUNDS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_spin_rounds_are_the_users_choice(given: dict[str, str], expected: str) -> None:
+    code = "import os, blockffn; print(os.environ.get('GOMP_SPINCOUNT'))"
+    clean = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    script = "import os\nfor n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):\n    os.environ[n] or os.environ.pop(n)\n"
+    assert python(script + code, **{**clean, **given}).stdout.strip() == expected

@@ -93,6 +93,7 @@ def test_hidden_states_give_the_logits(llm: blockffn.Llama) -> None:
     texts = np.random.default_rng(0).integers(3, llm.n_vocab(), (4, 120)).tolist()
     hidden, logits = [llm.hidden_states(text) for text in texts], [llm.logits(text) for text in texts]
     assert hidden[0].shape == (120, llm.n_embd()) and hidden[0].dtype == np.float32
+    assert np.allclose(np.sqrt((hidden[0] ** 2).mean(1)), 1.0, atol=0.1)  # after the norm, whose weights are about 1
     head = np.linalg.lstsq(np.concatenate(hidden[:3]), np.concatenate(logits[:3]), rcond=None)[0]
     assert nmse(hidden[3] @ head, logits[3]) < 1e-6
 

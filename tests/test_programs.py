@@ -64,8 +64,8 @@ def run(name: str, *arguments: str | Path, timeout: float = 120) -> str:
     return result.stdout
 
 
-def logits(model: Path) -> np.ndarray:
-    llm = blockffn.Llama(model, n_threads=1)
+def logits(model: Path, n_batch: int = 512) -> np.ndarray:
+    llm = blockffn.Llama(model, n_threads=1, n_batch=n_batch)
     try:
         return llm.logits(TEXT)
     finally:
@@ -81,6 +81,13 @@ def test_quantized_types(model: Path, kind: str, tmp_path: Path) -> None:
     quantize(model, tmp_path / "q.gguf", kind)
     error = nmse(logits(tmp_path / "q.gguf"), logits(model))
     assert 0 < error < BOUNDS[kind]
+
+
+@pytest.mark.parametrize("n_batch", [2, 3, 4, 8, 13, 16, 33, 64])
+def test_q4_0_batches_agree_with_single_tokens(model: Path, tmp_path: Path, n_batch: int) -> None:
+    """Each size takes other kernels; on a CPU with AMX stock builds by GCC 12 crash here (patches/0001)."""
+    quantize(model, tmp_path / "small.gguf", "Q4_0")
+    assert nmse(logits(tmp_path / "small.gguf", n_batch), logits(tmp_path / "small.gguf", 1)) < 1e-3
 
 
 def test_expert_rows_that_do_not_fit_fall_back(model: Path) -> None:
@@ -146,10 +153,10 @@ def test_completion_equals_ours(model: Path, override: list[str]) -> None:
     expected = llm.create_completion("def add", max_tokens=12, temperature=0.0)["choices"][0]["text"]
     llm.close()
     assert len(expected) > 5
-    for _ in range(8):  # the program may exit before its log thread has printed the end of the text
+    for _ in range(20):  # the program may exit before its log thread has printed the end of the text
         result = subprocess.run(list(map(str, command)), capture_output=True, stdin=subprocess.DEVNULL, check=True)
         text = result.stdout.decode(errors="ignore")
-        assert (text.rstrip() and expected.startswith(text.rstrip())) or text.startswith(expected)
+        assert expected.startswith(text.rstrip("\n")) or text.startswith(expected)
         if text.startswith(expected):
             return
     raise AssertionError(f"expected {expected!r}, last found {text!r}")

@@ -10,30 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blockffn.errors import BlockffnError
 
 
 def plot_curve(logs: Mapping[str, Path], target: Path) -> None:
-    """Draw training and validation loss over tokens, and the share of active experts, of one or several runs."""
+    """Draw the losses of one or several runs over tokens, and sparsity or a draft head's agreement."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (losses, sparsity) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (losses, shares) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, path in logs.items():
         rows = read_log(path)
         line = losses.plot([r["tokens"] / 1e6 for r in rows], [r["loss"] for r in rows], alpha=0.35)[0]
         checks = [r for r in rows if "validation" in r]
         x, y = [r["tokens"] / 1e6 for r in checks], [r["validation"] for r in checks]
         losses.plot(x, y, color=line.get_color(), marker=".", label=f"{name}, validation")
-        for key, style in (("tls", "-"), ("cls_8", "--")):
+        for key, style in (("tls", "-"), ("cls_8", "--"), ("agreement", "-")):
             known = [r for r in checks if key in r]
-            share = [sum(r[key]) / len(r[key]) for r in known]
+            share = [float(np.mean(r[key])) for r in known]
             if known:
-                label = f"{name}, {key.upper()}"
-                sparsity.plot([r["tokens"] / 1e6 for r in known], share, style, color=line.get_color(), label=label)
-    for axes, title in ((losses, "cross-entropy per token"), (sparsity, "sparsity, mean of the layers")):
+                label = f"{name}, {key if key == 'agreement' else key.upper()}"
+                shares.plot([r["tokens"] / 1e6 for r in known], share, style, color=line.get_color(), label=label)
+    for axes, title in ((losses, "loss"), (shares, "sparsity or agreement")):
         axes.set(xlabel="million tokens", title=title)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -73,7 +73,7 @@ def open_drafter(what: str, tree: bool, llm: Llama) -> Any:
             raise BlockffnError("--tree: n-gram drafts are chains; use --draft with the file of an EAGLE head")
         return blockffn.NGramDrafter()
     if _capi.read_header(what).architecture == gguf_contract.ARCH_EAGLE:
-        return blockffn.EagleDrafter(what, llm, **({"tree": True} if tree else {}))
+        return blockffn.EagleDrafter(what, llm, tree=tree)
     if tree:
         raise BlockffnError(f"--tree: {what} is a model, not an EAGLE head: a draft model proposes chains")
     return blockffn.ModelDrafter(what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,10 +55,40 @@ def announce_plan(steps: Plan) -> None:
         return
     n, total = len(steps.fallbacks), len(steps.tensors)
     print(f"{n} of {total} tensors fall back (without: {steps.bits_without_fallbacks:.2f} bits per weight):")
-    for tensor in steps.fallbacks:
-        row = tensor.source.shape[0]
-        print(f"  {tensor.source.name:<32} rows of {row:>5} do not fit {tensor.wanted}: {tensor.type}")
+    for (name, row, wanted, given), layers in _grouped(steps).items():
+        full = name.replace("*", ranges(layers)) if layers else name
+        print(f"  {full:<40} rows of {row:>5} do not fit {wanted}: {given}")
     sys.stdout.flush()
+
+
+def _grouped(steps: Plan) -> dict[tuple[str, int, str, str], list[int]]:
+    """Return the layers of equal fallbacks, keyed by (name with * for the layer, row, wanted type, type)."""
+    groups: dict[tuple[str, int, str, str], list[int]] = {}
+    for tensor in steps.fallbacks:
+        match = re.match(r"blk\.(\d+)\.", tensor.source.name)
+        name = f"blk.*.{tensor.source.name[match.end() :]}" if match else tensor.source.name
+        layers = groups.setdefault((name, tensor.source.shape[0], tensor.wanted, tensor.type), [])
+        if match:
+            layers.append(int(match[1]))
+    return groups
+
+
+def ranges(numbers: list[int]) -> str:
+    """Return sorted numbers in short form.
+
+    >>> ranges([0, 1, 2, 5])
+    '{0-2,5}'
+    >>> ranges([3])
+    '3'
+    """
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    text = ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def _report(steps: Plan) -> dict[str, Any]:

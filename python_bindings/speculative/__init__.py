@@ -13,6 +13,7 @@ from __future__ import annotations
 from blockffn.speculative.combination import Combination
 from blockffn.speculative.draft import Draft
 from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.eagle import EagleDrafter
 from blockffn.speculative.model import ModelDrafter
 from blockffn.speculative.ngram import NGramDrafter
 from blockffn.speculative.scripted import ScriptedDrafter
@@ -23,6 +24,7 @@ __all__ = [
     "Context",
     "Draft",
     "Drafter",
+    "EagleDrafter",
     "ModelDrafter",
     "NGramDrafter",
     "ScriptedDrafter",

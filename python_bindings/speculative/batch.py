@@ -77,6 +77,18 @@ class Batch:
         self.pos[1:n] = draft.depth() + first
         return self._set_sequences(draft.leaf_sets())
 
+    def set_level(self, tokens: Tokens, position: int, sequences: npt.NDArray[np.int32]) -> None:
+        """Hold `tokens` int32 [n] at one position, row i in sequence sequences[i] only; logits for every row."""
+        n = len(tokens)
+        self._all_sequences()
+        self.token[:n] = tokens
+        self.pos[:n] = position
+        self.logits[:n] = 1
+        self.seq_id[:n, 0] = sequences
+        self.n_seq_id[:n] = 1
+        self._touched = n
+        self.native.n_tokens = n
+
     def _set_sequences(self, below: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
         """Write the leaves below each node, bool [nodes, leaves], as its sequences; return the first of each."""
         node, leaf = np.nonzero(below)

@@ -29,6 +29,7 @@ class Combination(Drafter):
         self.drafters = list(drafters)
         self.name = "+".join(drafter.name for drafter in self.drafters)
         self.can_tree = any(drafter.can_tree for drafter in self.drafters)
+        self.max_chain = max(drafter.max_chain for drafter in self.drafters)
         self.max_nodes = max(drafter.max_nodes for drafter in self.drafters)
         self.wants_hidden = any(drafter.wants_hidden for drafter in self.drafters)
         self._asked: Drafter | None = None
@@ -67,11 +68,11 @@ class Combination(Drafter):
         """Return the least of what the drafters know."""
         return min(drafter.known_states() for drafter in self.drafters if drafter.wants_hidden)
 
-    def hidden(self, first: int, states: npt.NDArray[np.float32]) -> None:
+    def hidden(self, text: Tokens, first: int, states: npt.NDArray[np.float32]) -> None:
         """Pass on to the drafters that want hidden states."""
         for drafter in self.drafters:
             if drafter.wants_hidden:
-                drafter.hidden(first, states)
+                drafter.hidden(text, first, states)
 
     def close(self) -> None:
         """Close every drafter."""

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 log = logging.getLogger("blockffn.speculative")
 
+PRIOR_WEIGHT = 6.0  # observations that the position before counts for
+COMPARE_EVERY = 3  # steps between two comparisons of all plans
+EXPLORE_EVERY = 12  # drafted steps until a neighbour of the best length is measured, while it is not known well
 PRIOR_SLOPE = 0.15  # before any measurement: each further token costs this part of a plain step
 
 
@@ -46,20 +49,27 @@ class StepTimes:
         self._mean[tokens] = mean + weight * (min(seconds, 2.0 * mean) - mean)
 
     def predict(self, tokens: int) -> float:
-        """Return the expected seconds; 0 before the first measurement. Never decreasing in `tokens`."""
+        """Return the expected seconds of one size; 0 before the first measurement."""
+        return self.table(tokens)[-1]
+
+    def table(self, longest: int) -> list[float]:
+        """Return the expected seconds of the sizes 1 to `longest`: measured, interpolated, beyond that a line."""
         if not self._mean:
-            return 0.0
-        if tokens in self._mean and self._count[tokens] >= 3:
-            return self._mean[tokens]
-        below = max((n for n in self._mean if n <= tokens), default=None)
-        above = min((n for n in self._mean if n > tokens), default=None)
-        if below is not None and above is not None:
-            low, high = self._mean[below], self._mean[above]
-            return low + (high - low) * (tokens - below) / (above - below)
-        if below is not None:
-            return self._mean[below] + self._slope() * (tokens - below)
-        assert above is not None
-        return max(0.0, self._mean[above] - self._slope() * (above - tokens))
+            return [0.0] * longest
+        known = sorted(self._mean.items())
+        slope = self._slope()
+        (low, low_seconds), found = known[0], 0
+        table = []
+        for tokens in range(1, longest + 1):
+            while found < len(known) and known[found][0] <= tokens:
+                low, low_seconds = known[found]
+                found += 1
+            if tokens < known[0][0] or found == len(known):
+                table.append(max(0.0, low_seconds + slope * (tokens - low)))
+            else:
+                high, high_seconds = known[found]
+                table.append(low_seconds + (high_seconds - low_seconds) * (tokens - low) / (high - low))
+        return table
 
     def _slope(self) -> float:
         """Return the seconds that one more token costs beyond the sizes seen."""
@@ -84,11 +94,16 @@ class Acceptance:
             self._right[position] = self._right[position] * self._keep + (position < accepted)
 
     def rate(self, position: int) -> float:
-        """Return the conditional acceptance at `position` (from 0), shrunk towards that of the position before."""
-        expected = 0.6
-        for i in range(position + 1):
-            expected = (self._right[i] + 2.0 * expected) / (self._tried[i] + 2.0)
-        return expected
+        """Return the conditional acceptance at `position` (from 0)."""
+        return self.rates()[position]
+
+    def rates(self) -> list[float]:
+        """Return the conditional acceptance of every position, each shrunk towards that of the position before."""
+        expected, rates = 0.6, []
+        for right, tried in zip(self._right, self._tried, strict=True):
+            expected = (right + PRIOR_WEIGHT * expected) / (tried + PRIOR_WEIGHT)
+            rates.append(expected)
+        return rates
 
     def forget(self) -> None:
         """Make the past count for little, so that a fresh trial can change the mind quickly."""
@@ -125,6 +140,7 @@ class Policy:
         self._wait = 0
         self._trial = 6  # drafted steps that a trial still has
         self._since_plain = 0
+        self._chosen, self._chosen_for = PLAIN, 0  # the last comparison, and for how many steps it still holds
 
     def plan(self) -> Plan:
         """Return the plan of the next step."""
@@ -133,14 +149,17 @@ class Policy:
         if self._wait > 0:
             self._wait -= 1
             if self._wait == 0:
-                self._trial = 3
+                self._trial, self._chosen_for = 3, 0
                 self.acceptance.forget()
             return PLAIN
         if self.times.count(1) == 0 or self._since_plain >= 128:
             return PLAIN  # the yardstick: what a plain step costs
-        best = self._best()
+        if self._chosen_for == 0 or self._chosen is PLAIN:
+            self._chosen, self._chosen_for = self._best(), COMPARE_EVERY
+        self._chosen_for -= 1
+        best = self._chosen
         if best is not PLAIN:
-            return best
+            return self._neighbour(best) if self._since_plain % EXPLORE_EVERY == EXPLORE_EVERY - 1 else best
         if self._trial > 0:
             return Plan(1)
         self._give_up()
@@ -148,12 +167,14 @@ class Policy:
 
     def _best(self) -> Plan:
         """Return the plan with the most expected tokens per second."""
-        best, best_rate = PLAIN, 1.0 / self.times.predict(1)
+        verify = self.times.table(1 + self.max_nodes)
+        draft = self.draft_times[False].table(self.max_nodes)
+        best, best_rate = PLAIN, 1.0 / verify[0]
         tokens, product = 1.0, 1.0
-        for nodes in range(1, self.max_nodes + 1):
-            product *= self.acceptance.rate(nodes - 1)
+        for nodes, right in enumerate(self.acceptance.rates(), start=1):
+            product *= right
             tokens += product
-            rate = tokens / (self.times.predict(1 + nodes) + self.draft_times[False].predict(nodes))
+            rate = tokens / (verify[nodes] + draft[nodes - 1])
             if rate > best_rate:
                 best, best_rate = Plan(nodes), rate
         for size in self.tree_sizes:
@@ -164,6 +185,14 @@ class Policy:
             if seen and mean / seconds > best_rate:
                 best, best_rate = Plan(size, tree=True), mean / seconds
         return best
+
+    def _neighbour(self, best: Plan) -> Plan:
+        """Return a chain one longer or shorter whose time was hardly measured yet, or `best` itself."""
+        if best.tree:
+            return best
+        sizes = [size for size in (best.nodes + 1, best.nodes - 1) if 1 <= size <= self.max_nodes]
+        rare = min(sizes, key=lambda size: self.times.count(1 + size), default=best.nodes)
+        return Plan(rare) if self.times.count(1 + rare) < 6 else best
 
     def _give_up(self) -> None:
         self.switched_off += 1

@@ -37,6 +37,7 @@ class Drafter:
     name = "none"
     can_tree = False  # may `propose` return a tree when the context allows it?
     max_nodes = 16  # the largest draft that is worth asking for
+    max_chain = 16  # the longest chain among them
     wants_hidden = False  # does `hidden` have to be called?
 
     def attach(self, llm: Any) -> None:
@@ -55,8 +56,11 @@ class Drafter:
     def observe(self, proposed: int, accepted: int) -> None:
         """Learn that `accepted` tokens of a draft of `proposed` nodes were right."""
 
-    def hidden(self, first: int, states: npt.NDArray[np.float32]) -> None:
-        """Receive the target's states after its final norm, float32 [n, n_embd], of verified positions first, ..."""
+    def hidden(self, text: Tokens, first: int, states: npt.NDArray[np.float32]) -> None:
+        """Receive the target's states after its final norm, float32 [n, n_embd], of verified positions first, ...
+
+        `text` int32 is the verified text as far as it is known: usually one token longer than the states.
+        """
 
     def known_states(self) -> int:
         """Return for how many first tokens of the text of `begin` the states need not be passed again."""

@@ -47,22 +47,32 @@ class Speculative:
     def set_up_speculation(self: Any, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
         """Use `drafter` from now on (None: plain decoding). `plan` fixes the draft of every step, for experiments."""
         used = drafter or Drafter()
+        if self._loop is not None:
+            self._loop.settle()
         n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
         flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
         if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
-            _replace_context(self, n_seq)
+            _replace_context(self, n_seq, exact)
         if exact != self.exact:
             _set_exact(self._ctx.ctx, exact)
         self.exact, self.drafter, self._sequences = exact, drafter, n_seq
         target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden)
         sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
         used.attach(self)
-        self._loop = Loop(self, target, used, Policy(used.max_nodes, sizes, plan), _union_counter(self))
+        self._loop = Loop(
+            self, target, used, Policy(min(used.max_nodes, used.max_chain), sizes, plan), _union_counter(self)
+        )
 
     def speculation(self) -> dict[str, Any]:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""
         assert self._loop is not None
         return self._loop.statistics.as_dict()
+
+    def close(self: Any) -> None:
+        """Free the model; a generator that is still open ends quietly."""
+        if self._loop is not None:
+            self._loop.abandon()
+        super().close()  # type: ignore[misc]
 
     def eval(self: Any, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the current text, as llama_cpp.Llama.eval does."""
@@ -93,7 +103,7 @@ class Speculative:
         stopping_criteria: Any = None,
         grammar: Any = None,
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Yield the tokens that follow a prompt, without end; arguments as in llama_cpp.Llama.generate."""
+        """Yield the tokens that follow a prompt until the context is full; arguments as in llama_cpp.Llama.generate."""
         chain = {
             "top_k": top_k,
             "top_p": top_p,
@@ -181,17 +191,18 @@ def _union_counter(llm: Any) -> Callable[[], float] | None:
     return count
 
 
-def _replace_context(llm: Any, n_seq: int) -> None:
-    """Give the model a new, empty context with `n_seq` sequences in one cache, and flash attention.
+def _replace_context(llm: Any, n_seq: int, exact: bool) -> None:
+    """Give the model a new, empty context with `n_seq` sequences in one cache; exact mode needs flash attention.
 
-    Flash attention does not transpose the values in the cache, so that accepted paths can be moved together.
+    Only there are the values not transposed in the cache, so that an accepted path can be moved together.
     """
     from llama_cpp import _internals as internals
 
     params = llm.context_params
     params.n_seq_max = n_seq
     params.kv_unified = True
-    params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    if exact:
+        params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
     llm._ctx.close()
     llm._ctx = llm._stack.enter_context(
         contextlib.closing(internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose))

@@ -84,6 +84,7 @@ class Loop:
         self._batch_row = 0  # the row of the batch that the first of them belongs to
         self._plan: Plan | None = None  # of the step being verified; None for the prompt
         self._union_total = 0.0
+        self._open: tuple[Text, Draft, list[int]] | None = None  # the draft being walked, its accepted nodes so far
 
     def rows(self) -> Rows:
         """Return the rows kept in the last generation, indexed by their position in the text."""
@@ -91,23 +92,39 @@ class Loop:
         return Rows.of(array, self._rows_first)
 
     def run(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, Sequence[int] | None, None]:
-        """Yield the tokens that follow `prompt`, without end; closing the generator leaves a valid cache."""
+        """Yield the tokens that follow `prompt` until the context is full; it may be closed at any token."""
+        self.settle()
         text = Text(prompt, min(len(self.state.input_ids), self.state.n_ctx()))
         self._begin(text.tokens)
         draft = EMPTY
         while True:
             sent = yield from self._walk(text, draft, sampling)
-            if sent is None:
-                return
+            if sent is None or (text.room < 0 and not sent):
+                return  # stopped, or the context cannot take the last token
             if sent:
                 text.append(sent)
-                self.evaluate(text.tokens[self.state.n_tokens :])
+                self.evaluate(text.tokens[self.state.n_tokens :], text.tokens)
                 draft = EMPTY
             else:
                 draft = self._step(text)
 
-    def evaluate(self, tokens: Tokens) -> None:
-        """Append `tokens` int32 [n], n > 0, to the verified text in batches; the last one's logits are kept."""
+    def settle(self) -> None:
+        """End the step of a generator that was left at a token: the cache then holds the verified text and no more."""
+        if self._open is not None:
+            text, draft, path = self._open
+            self._open = None
+            self._finish(text, draft, path, False)
+
+    def abandon(self) -> None:
+        """Let go of the cache, which is about to be freed: a generator that is still open must not touch it."""
+        self._open = None
+
+    def evaluate(self, tokens: Tokens, text: Tokens | None = None) -> None:
+        """Append `tokens` int32 [n], n > 0, to the verified text in batches; the last one's logits are kept.
+
+        `text` is the whole verified text, where it is already known in memory that does not change.
+        """
+        self.settle()
         state, target, everything = self.state, self.target, self.keep_rows == "all"
         target.truncate(state.n_tokens)
         self._plan = None
@@ -118,7 +135,8 @@ class Loop:
             if everything:
                 self._rows += list(target.logits(len(part)).copy())
             if self.drafter.wants_hidden:
-                self.drafter.hidden(state.n_tokens, target.hidden())
+                known = np.concatenate([state.input_ids[: state.n_tokens], tokens[start:]]) if text is None else text
+                self.drafter.hidden(known, state.n_tokens, target.hidden())
             state.input_ids[state.n_tokens : state.n_tokens + len(part)] = part
             state.n_tokens += len(part)
         self._logits = target.logits(len(part) if everything else 1)[-1:]
@@ -139,7 +157,7 @@ class Loop:
             reuse = 0
         self._rows, self._rows_first = [], 0 if self.keep_rows == "all" else len(prompt) - 1
         state.n_tokens = reuse
-        self.evaluate(prompt[reuse:])
+        self.evaluate(prompt[reuse:], prompt)
         if self.keep_rows == "all":
             self._rows.pop()  # `_walk` keeps the row of the last token itself
         self._union_total = self.union() if self.union else 0.0
@@ -191,6 +209,7 @@ class Loop:
         children = None if draft.is_chain else _children(draft, tokens)
         path: list[int] = []
         node, complete = ROOT, False
+        mine = self._open = (text, draft, path)
         try:
             while True:
                 sample_started = perf_counter()
@@ -209,6 +228,8 @@ class Loop:
                 statistics.predicted_n += 1
                 sent = yield token
                 started = perf_counter()
+                if self._open is not mine:
+                    raise RuntimeError("this generation was ended by another one on the same model")
                 if sent or child is None or sampling.is_end(token):
                     return sent or ()
                 path.append(child)
@@ -216,17 +237,20 @@ class Loop:
                 state.input_ids[state.n_tokens] = token
                 state.n_tokens += 1
         finally:
-            self._finish(draft, path, complete)
+            if self._open is mine:
+                self._open = None
+                self._finish(text, draft, path, complete)
             statistics.loop_seconds += perf_counter() - started
 
-    def _finish(self, draft: Draft, path: list[int], complete: bool) -> None:
+    def _finish(self, text: Text, draft: Draft, path: list[int], complete: bool) -> None:
         """Keep the accepted path, forget the rest of the draft, learn from it."""
         if self._plan is None:
             return
         nodes, accepted = len(draft), len(path)
         if self.drafter.wants_hidden:
             states = self.target.hidden()
-            self.drafter.hidden(self.state.n_tokens - 1 - accepted, states[[0, *(1 + node for node in path)]])
+            rows = states[[0, *(1 + node for node in path)]]
+            self.drafter.hidden(text.tokens, self.state.n_tokens - 1 - accepted, rows)
         self.target.keep(path, nodes)
         depth = nodes if draft.is_chain else int(draft.depth().max())
         self.statistics.add_step(nodes, accepted, draft.is_chain, depth, draft.source)

@@ -24,23 +24,22 @@ REMEMBERED = 4  # positions kept for each n-gram, the latest first
 class NGramDrafter(Drafter):
     """Proposes the continuation of the latest earlier occurrence of the longest matching n-gram.
 
-    `sizes` are the lengths of n-grams, tried from the longest; `max_nodes` bounds the draft. A tree merges the
-    continuations of the last few occurrences.
+    `sizes` are the lengths of n-grams, tried from the longest; `max_nodes` bounds the draft. With `tree` it may propose
+    trees that merge the continuations of the last few occurrences.
     """
 
     name = "ngram"
-    can_tree = True
 
-    def __init__(self, sizes: tuple[int, ...] = (4, 3, 2), max_nodes: int = 16) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (4, 3, 2), max_nodes: int = 16, tree: bool = False) -> None:
         if not sizes or min(sizes) < 1 or max_nodes < 1:
             raise ValueError(f"NGramDrafter: expected sizes >= 1 and max_nodes >= 1, found {sizes}, {max_nodes}")
         self.sizes = tuple(sorted(set(sizes), reverse=True))
-        self.max_nodes = max_nodes
+        self.max_nodes, self.can_tree = max_nodes, tree
         self.reset()
 
     def reset(self) -> None:
         """Forget the text."""
-        self._text = np.empty(0, dtype=np.int32)  # [n_indexed], the part of the text that the index covers
+        self._text: Tokens = np.empty(0, dtype=np.int32)  # [n_indexed], the part of the text that the index covers
         self._index: list[dict[bytes, tuple[int, ...]]] = [{} for _ in self.sizes]
 
     def begin(self, tokens: Tokens) -> None:
@@ -84,10 +83,8 @@ class NGramDrafter(Drafter):
     @staticmethod
     def _continuation(tokens: Tokens, start: int, n: int) -> Tokens:
         """Return `n` tokens from `start`; where the text ends, it is continued with the period just found."""
-        found: Tokens = tokens[start : start + n]
-        if len(found) == n:
-            return found
-        return np.resize(tokens[start:], n)
+        found = tokens[start : start + n]
+        return found if len(found) == n else np.resize(tokens[start:], n)
 
     def _merge(self, tokens: Tokens, starts: tuple[int, ...], n: int) -> Draft:
         """Merge the continuations from `starts` into one tree of at most `n` nodes; the latest gets the most nodes."""

@@ -33,16 +33,24 @@ def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
 class Target:
     """One llama_context and its cache of `n_seq` sequences that hold the same text.
 
-    `hidden` asks for the states after the final norm, of every evaluated token.
+    `hidden` asks for the states after the final norm, of every evaluated token. `n_embd_input` > 0: every token comes
+    with a row of so many floats in batch.embd (draft heads).
     """
 
     def __init__(
-        self, ctx: int, n_vocab: int, n_embd: int, capacity: int, n_seq: int = 1, hidden: bool = False
+        self,
+        ctx: int,
+        n_vocab: int,
+        n_embd: int,
+        capacity: int,
+        n_seq: int = 1,
+        hidden: bool = False,
+        n_embd_input: int = 0,
     ) -> None:
         self._api = library.load()
         self.ctx, self.n_vocab, self.n_embd, self.n_seq = ctx, n_vocab, n_embd, n_seq
         self._memory = self._api.llama_get_memory(ctx)
-        self.batch = Batch(capacity, n_seq)
+        self.batch = Batch(capacity, n_seq, n_embd_input)
         self._leaves: npt.NDArray[np.int32] | None = None
         self._first = 0
         self._pack = _pack_function(self._api._lib)
@@ -68,6 +76,16 @@ class Target:
         """Evaluate the root token at position `first` and the draft after it; logits for every row."""
         self._leaves = self.batch.set_draft(root, draft, first)
         self._decode(first)
+
+    def evaluate_level(self, tokens: Tokens, position: int, sequences: npt.NDArray[np.int32]) -> None:
+        """Evaluate `tokens` int32 [n], all at one position, each in a sequence of its own; logits for every row."""
+        self.batch.set_level(tokens, position, sequences)
+        self._leaves = None
+        self._decode(position)
+
+    def share(self, source: int, target: int, first: int) -> None:
+        """Let sequence `target` see what `source` holds from position `first` on."""
+        self._api.llama_memory_seq_cp(self._memory, source, target, first, -1)
 
     def _decode(self, first: int) -> None:
         self._first = first
