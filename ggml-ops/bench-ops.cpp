@@ -41,17 +41,17 @@ const ffn_shape SHAPES[] = {
     { "DECO-1.2B", 1792, 102, 64  },
 };
 
-constexpr double ACTIVE_SHARE = 0.2;
+constexpr double                ACTIVE_SHARE = 0.2;
 // share of the experts that n tokens need together, as measured on real models
-const std::map<int64_t, double> UNION_SHARE = {
-    { 1,  0.2  },
-    { 2,  0.225 },
-    { 4,  0.26 },
-    { 8,  0.3  },
-    { 16, 0.36 },
-    { 32, 0.43 },
-    { 128, 0.65 },
-    { 512, 0.85 },
+const std::map<int64_t, double> UNION_SHARE  = {
+    { 1,   0.2   },
+    { 2,   0.225 },
+    { 4,   0.26  },
+    { 8,   0.3   },
+    { 16,  0.36  },
+    { 32,  0.43  },
+    { 128, 0.65  },
+    { 512, 0.85  },
 };
 
 constexpr size_t  CACHE_BYTES = 512 << 20;  // weights of all layers together exceed every cache
@@ -67,8 +67,8 @@ double read_bandwidth(const std::vector<uint64_t> & data, int n_threads) {
     const double             start = now_ms();
     for (int i = 0; i < n_threads; i++) {
         threads.emplace_back([&, i] {
-            const size_t begin = data.size() * i / n_threads / 8 * 8;
-            const size_t end   = data.size() * (i + 1) / n_threads / 8 * 8;
+            const size_t begin  = data.size() * i / n_threads / 8 * 8;
+            const size_t end    = data.size() * (i + 1) / n_threads / 8 * 8;
             uint64_t     sum[8] = {};
             for (size_t j = begin; j < end; j += 8) {
                 for (int k = 0; k < 8; k++) {
@@ -91,11 +91,11 @@ placed_weight fill_weight(ggml_backend_buffer_type_t buft, ggml_type type, std::
     placed_weight w;
     w.ctx    = make_ctx(2);
     w.tensor = ggml_new_tensor(w.ctx.get(), type, (int) ne.size(), ne.data());
-    std::mt19937               rng(1);
-    const int64_t              n_rows = 16;
-    const size_t               row    = ggml_row_size(type, ne[0]);
-    const std::vector<float>   values = random_values(n_rows * ne[0], rng, 0.05f);
-    std::vector<uint8_t>       some(row * n_rows), all(ggml_nbytes(w.tensor));
+    std::mt19937             rng(1);
+    const int64_t            n_rows = 16;
+    const size_t             row    = ggml_row_size(type, ne[0]);
+    const std::vector<float> values = random_values(n_rows * ne[0], rng, 0.05f);
+    std::vector<uint8_t>     some(row * n_rows), all(ggml_nbytes(w.tensor));
     ggml_quantize_chunk(type, values.data(), some.data(), 0, n_rows, ne[0], nullptr);
     for (size_t at = 0; at < all.size(); at += some.size()) {
         memcpy(&all[at], some.data(), std::min(some.size(), all.size() - at));
@@ -107,16 +107,16 @@ placed_weight fill_weight(ggml_backend_buffer_type_t buft, ggml_type type, std::
 }
 
 bool buffer_takes(ggml_backend_buffer_type_t buft, ggml_type type, bool dense, const ffn_shape & s) {
-    ctx_ptr         ctx  = make_ctx(8);
-    const int64_t   rows = dense ? s.n_expert * s.d : s.d;
-    ggml_tensor *   w    = dense ? ggml_new_tensor_2d(ctx.get(), type, s.h, rows) :
-                                   ggml_new_tensor_3d(ctx.get(), type, s.h, rows, s.n_expert);
-    ggml_tensor *   x    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, s.h, 1, 4);
-    ggml_tensor *   ids  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 4);
-    ggml_tensor *   op   = dense ? ggml_mul_mat(ctx.get(), w, ggml_reshape_2d(ctx.get(), x, s.h, 4)) :
-                                   ggml_mul_mat_id(ctx.get(), w, x, ids);
-    w->buffer            = ggml_backend_buft_alloc_buffer(buft, 0);
-    const bool ok        = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+    ctx_ptr       ctx  = make_ctx(8);
+    const int64_t rows = dense ? s.n_expert * s.d : s.d;
+    ggml_tensor * w    = dense ? ggml_new_tensor_2d(ctx.get(), type, s.h, rows) :
+                                 ggml_new_tensor_3d(ctx.get(), type, s.h, rows, s.n_expert);
+    ggml_tensor * x    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, s.h, 1, 4);
+    ggml_tensor * ids  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 4);
+    ggml_tensor * op   = dense ? ggml_mul_mat(ctx.get(), w, ggml_reshape_2d(ctx.get(), x, s.h, 4)) :
+                                 ggml_mul_mat_id(ctx.get(), w, x, ids);
+    w->buffer          = ggml_backend_buft_alloc_buffer(buft, 0);
+    const bool ok      = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
     ggml_backend_buffer_free(w->buffer);
     return ok;
 }
@@ -132,13 +132,19 @@ struct ffn_weights {
     std::vector<ffn_layer> layers;
 };
 
-ffn_weights make_weights(ggml_backend_buffer_type_t buft, ggml_type type, bool dense, const ffn_shape & s, int64_t n_layers) {
-    ffn_weights w{ ggml_backend_buft_name(buft), dense, {} };
+ffn_weights make_weights(ggml_backend_buffer_type_t buft,
+                         ggml_type                  type,
+                         bool                       dense,
+                         const ffn_shape &          s,
+                         int64_t                    n_layers) {
+    ffn_weights   w{ ggml_backend_buft_name(buft), dense, {} };
     const int64_t width = s.n_expert * s.d;
     for (int64_t l = 0; l < n_layers; l++) {
         ffn_layer layer;
-        layer.up   = fill_weight(buft, type, dense ? std::vector<int64_t>{ s.h, width } : std::vector<int64_t>{ s.h, s.d, s.n_expert });
-        layer.down = fill_weight(buft, type, dense ? std::vector<int64_t>{ width, s.h } : std::vector<int64_t>{ s.d, s.h, s.n_expert });
+        layer.up = fill_weight(
+            buft, type, dense ? std::vector<int64_t>{ s.h, width } : std::vector<int64_t>{ s.h, s.d, s.n_expert });
+        layer.down = fill_weight(
+            buft, type, dense ? std::vector<int64_t>{ width, s.h } : std::vector<int64_t>{ s.d, s.h, s.n_expert });
         w.layers.push_back(std::move(layer));
     }
     return w;
@@ -188,19 +194,27 @@ ggml_tensor * input(ggml_context * ctx, ggml_type type, int64_t a, int64_t b, in
     return t;
 }
 
-ggml_tensor * build_dense(ggml_context * ctx, const ffn_layer & w, const ffn_shape & s, ggml_tensor * x, ggml_tensor * scores) {
+ggml_tensor * build_dense(ggml_context *    ctx,
+                          const ffn_layer & w,
+                          const ffn_shape & s,
+                          ggml_tensor *     x,
+                          ggml_tensor *     scores) {
     const int64_t n = x->ne[1];
     ggml_tensor * u = ggml_silu(ctx, ggml_mul_mat(ctx, w.up.tensor, x));  // [E*d, n]
     u = ggml_mul(ctx, ggml_reshape_3d(ctx, u, s.d, s.n_expert, n), ggml_reshape_3d(ctx, scores, 1, s.n_expert, n));
     return ggml_mul_mat(ctx, w.down.tensor, ggml_reshape_2d(ctx, u, s.d * s.n_expert, n));
 }
 
-ggml_tensor * build_mul_mat_id(ggml_context * ctx, const ffn_layer & w, const ffn_shape & s, ggml_tensor * x, ggml_tensor * ids,
-                               ggml_tensor * factors) {
+ggml_tensor * build_mul_mat_id(ggml_context *    ctx,
+                               const ffn_layer & w,
+                               const ffn_shape & s,
+                               ggml_tensor *     x,
+                               ggml_tensor *     ids,
+                               ggml_tensor *     factors) {
     const int64_t n = x->ne[1], used = ids->ne[0];
     ggml_tensor * u = ggml_mul_mat_id(ctx, w.up.tensor, ggml_reshape_3d(ctx, x, s.h, 1, n), ids);  // [d, used, n]
     u               = ggml_mul(ctx, ggml_silu(ctx, u), factors);
-    ggml_tensor * o = ggml_mul_mat_id(ctx, w.down.tensor, u, ids);  // [h, used, n]
+    ggml_tensor * o = ggml_mul_mat_id(ctx, w.down.tensor, u, ids);                                 // [h, used, n]
     ggml_tensor * y = ggml_view_2d(ctx, o, s.h, n, o->nb[2], 0);
     for (int64_t i = 1; i < used; i++) {
         y = ggml_add(ctx, y, ggml_view_2d(ctx, o, s.h, n, o->nb[2], i * o->nb[1]));
@@ -215,16 +229,21 @@ struct gallocr_deleter {
 };
 
 struct candidate {
-    kind                                                what;
-    std::string                                         buffer;
-    ctx_ptr                                             ctx;
-    ggml_cgraph *                                       graph = nullptr;
+    kind                                           what;
+    std::string                                    buffer;
+    ctx_ptr                                        ctx;
+    ggml_cgraph *                                  graph = nullptr;
     std::unique_ptr<ggml_gallocr, gallocr_deleter> memory;
-    std::vector<double>                                 ms;  // per layer
+    std::vector<double>                            ms;  // per layer
 };
 
-void set_inputs(const candidate & c, const std::vector<ggml_tensor *> & scores, const std::vector<ggml_tensor *> & ids,
-                ggml_tensor * x, ggml_tensor * factors, const ffn_shape & s, const routing & r) {
+void set_inputs(const candidate &                  c,
+                const std::vector<ggml_tensor *> & scores,
+                const std::vector<ggml_tensor *> & ids,
+                ggml_tensor *                      x,
+                ggml_tensor *                      factors,
+                const ffn_shape &                  s,
+                const routing &                    r) {
     std::mt19937       rng(7);
     std::vector<float> values = random_values(ggml_nelements(x), rng);
     ggml_backend_tensor_set(x, values.data(), 0, ggml_nbytes(x));
@@ -247,9 +266,9 @@ void set_inputs(const candidate & c, const std::vector<ggml_tensor *> & scores, 
 
 candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, int64_t n, const routing & r) {
     candidate c;
-    c.what   = what;
-    c.buffer = w.buffer;
-    c.ctx    = make_ctx(8192);
+    c.what                 = what;
+    c.buffer               = w.buffer;
+    c.ctx                  = make_ctx(8192);
     ggml_context * ctx     = c.ctx.get();
     ggml_tensor *  x       = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_F32, s.h, n, 1), s.h, n);
     ggml_tensor *  factors = what == kind::mul_mat_id ? input(ctx, GGML_TYPE_F32, 1, r.used, n) : nullptr;
@@ -263,10 +282,9 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
             y      = build_mul_mat_id(ctx, w.layers[l], s, x, choice, factors);
         } else {
             choice = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_F32, s.n_expert, n, 1), s.n_expert, n);
-            y      = what == kind::dense ?
-                         build_dense(ctx, w.layers[l], s, x, choice) :
-                         ggml_union_ffn(ctx, x, w.layers[l].up.tensor, nullptr, w.layers[l].down.tensor, choice, nullptr, nullptr,
-                                        GGML_UNION_ACT_SILU, 0.0f);
+            y      = what == kind::dense ? build_dense(ctx, w.layers[l], s, x, choice) :
+                                           ggml_union_ffn(ctx, x, w.layers[l].up.tensor, nullptr, w.layers[l].down.tensor,
+                                                          choice, nullptr, nullptr, GGML_UNION_ACT_SILU, 0.0f);
         }
         ggml_set_output(y);
         scores.push_back(choice);
@@ -288,7 +306,9 @@ void drop_slow(std::vector<candidate> & all, kind what) {
         }
     }
     all.erase(std::remove_if(all.begin(), all.end(),
-                             [&](const candidate & c) { return c.what == what && *std::min_element(c.ms.begin(), c.ms.end()) > 1.4 * best; }),
+                             [&](const candidate & c) {
+                                 return c.what == what && *std::min_element(c.ms.begin(), c.ms.end()) > 1.4 * best;
+                             }),
               all.end());
 }
 
@@ -296,18 +316,23 @@ void drop_slow(std::vector<candidate> & all, kind what) {
 
 struct bench_args {
     int                  n_threads = 2, reps = 9;
-    std::vector<int64_t> tokens    = { 1, 2, 4, 8, 16, 32, 128, 512 };
+    std::vector<int64_t> tokens = { 1, 2, 4, 8, 16, 32, 128, 512 };
     std::string          shapes = "1.2B,3B,DECO-1.2B", types = "q4_0,q8_0,f16";
 };
 
 struct bench_row {
-    int64_t   n;
-    double    union_share, ours_ms, ours_min_ms, ours_spread, dense_ms = 1e30, id_ms = 1e30;
+    int64_t     n;
+    double      union_share, ours_ms, ours_min_ms, ours_spread, dense_ms = 1e30, id_ms = 1e30;
     std::string dense_buffer, id_buffer, ours_buffer;
 };
 
-bench_row bench_tokens(ggml_backend_t backend, const std::vector<ffn_weights> & weights, const ffn_shape & s, int64_t n,
-                       const bench_args & args, const std::vector<uint64_t> & stream, std::vector<double> & bandwidth) {
+bench_row bench_tokens(ggml_backend_t                   backend,
+                       const std::vector<ffn_weights> & weights,
+                       const ffn_shape &                s,
+                       int64_t                          n,
+                       const bench_args &               args,
+                       const std::vector<uint64_t> &    stream,
+                       std::vector<double> &            bandwidth) {
     const int64_t n_layers = n <= MAX_SMALL_N ? (int64_t) weights[0].layers.size() : MIN_LAYERS;
     const routing r        = make_routing(s, n, n_layers);
 
@@ -358,27 +383,37 @@ bench_row bench_tokens(ggml_backend_t backend, const std::vector<ffn_weights> & 
     return row;
 }
 
-void print_rows(const std::vector<bench_row> & rows, const ffn_shape & s, ggml_type type, double gbs, const bench_args & args) {
+void print_rows(const std::vector<bench_row> & rows,
+                const ffn_shape &              s,
+                ggml_type                      type,
+                double                         gbs,
+                const bench_args &             args) {
     const double macs  = 2.0 * s.h * s.d * s.n_expert;  // of one token through all experts
     const double bytes = 2.0 * ggml_row_size(type, s.h) * s.d * s.n_expert;
-    double       rate  = 0.0;  // best stock multiply-adds per ms
+    double       rate  = 0.0;                           // best stock multiply-adds per ms
     for (const bench_row & r : rows) {
         rate = std::max(rate, macs * r.n / r.dense_ms);
     }
     const double active = std::lround(s.n_expert * ACTIVE_SHARE) / (double) s.n_expert;
     for (const bench_row & r : rows) {
         const double limit = std::max(r.union_share * bytes / (gbs * 1e6), active * macs * r.n / rate);
-        printf("{\"shape\": \"%s\", \"type\": \"%s\", \"n\": %d, \"threads\": %d, \"ours_ms\": %.4f, \"ours_min_ms\": %.4f, "
-               "\"ours_buffer\": \"%s\", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, "
-               "\"mul_mat_id_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
-               "\"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f}\n",
-               s.name, ggml_type_name(type), (int) r.n, args.n_threads, r.ours_ms, r.ours_min_ms, r.ours_buffer.c_str(), r.dense_ms,
-               r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str(), r.ours_spread, r.union_share, active, gbs, limit / r.ours_ms);
+        printf(
+            "{\"shape\": \"%s\", \"type\": \"%s\", \"n\": %d, \"threads\": %d, \"ours_ms\": %.4f, \"ours_min_ms\": "
+            "%.4f, "
+            "\"ours_buffer\": \"%s\", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, "
+            "\"mul_mat_id_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
+            "\"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f}\n",
+            s.name, ggml_type_name(type), (int) r.n, args.n_threads, r.ours_ms, r.ours_min_ms, r.ours_buffer.c_str(),
+            r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str(), r.ours_spread, r.union_share, active, gbs,
+            limit / r.ours_ms);
     }
     fflush(stdout);
 }
 
-void bench_shape(ggml_backend_t backend, const ffn_shape & s, ggml_type type, const bench_args & args,
+void bench_shape(ggml_backend_t                backend,
+                 const ffn_shape &             s,
+                 ggml_type                     type,
+                 const bench_args &            args,
                  const std::vector<uint64_t> & stream) {
     const size_t  layer_bytes = 2 * ggml_row_size(type, s.h) * s.d * s.n_expert;
     const int64_t n_layers    = std::max(MIN_LAYERS, (int64_t) (CACHE_BYTES / layer_bytes + 1));
@@ -409,8 +444,10 @@ std::vector<std::string> split(const std::string & text) {
 }
 
 int usage(const char * what) {
-    fprintf(stderr, "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
-                    "[--tokens 1,2,4,8,16,32,128,512] [--reps N]\n", what);
+    fprintf(stderr,
+            "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
+            "[--tokens 1,2,4,8,16,32,128,512] [--reps N]\n",
+            what);
     return 2;
 }
 
@@ -457,7 +494,8 @@ int main(int argc, char ** argv) {
     ggml_backend_cpu_set_n_threads(backend, args.n_threads);
     const std::vector<uint64_t> stream(CACHE_BYTES / sizeof(uint64_t), 1);
     for (const std::string & shape : split(args.shapes)) {
-        const ffn_shape * found = std::find_if(std::begin(SHAPES), std::end(SHAPES), [&](const ffn_shape & s) { return shape == s.name; });
+        const ffn_shape * found =
+            std::find_if(std::begin(SHAPES), std::end(SHAPES), [&](const ffn_shape & s) { return shape == s.name; });
         if (found == std::end(SHAPES)) {
             return usage(("unknown shape " + shape).c_str());
         }

@@ -20,8 +20,10 @@ struct router_params {
 
 router_params router_params_get(const ggml_tensor * dst) {
     return {
-        (ggml_router_norm) ggml_get_op_params_i32(dst, 0), (ggml_router_bias) ggml_get_op_params_i32(dst, 1),
-        ggml_get_op_params_f32(dst, 2),                    ggml_get_op_params_f32(dst, 3),
+        (ggml_router_norm) ggml_get_op_params_i32(dst, 0),
+        (ggml_router_bias) ggml_get_op_params_i32(dst, 1),
+        ggml_get_op_params_f32(dst, 2),
+        ggml_get_op_params_f32(dst, 3),
         ggml_get_op_params_f32(dst, 4),
     };
 }

@@ -12,13 +12,21 @@ struct test_relu_router : public test_case {
 
     std::string vars() override { return VARS_TO_STR5(n_expert, n_tokens, norm, bias, n_weight); }
 
-    test_relu_router(int64_t n_expert, int64_t n_tokens, ggml_router_norm norm, ggml_router_bias bias, int64_t n_weight) :
-        n_expert(n_expert), n_tokens(n_tokens), norm(norm), bias(bias), n_weight(n_weight) {}
+    test_relu_router(int64_t          n_expert,
+                     int64_t          n_tokens,
+                     ggml_router_norm norm,
+                     ggml_router_bias bias,
+                     int64_t          n_weight) :
+        n_expert(n_expert),
+        n_tokens(n_tokens),
+        norm(norm),
+        bias(bias),
+        n_weight(n_weight) {}
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_expert, n_tokens);
         ggml_tensor * weight = n_weight ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_weight) : nullptr;
-        ggml_tensor * b      = bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_expert) : nullptr;
+        ggml_tensor * b = bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_expert) : nullptr;
         return ggml_relu_router(ctx, logits, weight, b, norm, bias, 1e-5f, 1.0f, 0.5f);
     }
 };
@@ -43,9 +51,22 @@ struct test_union_ffn : public test_case {
         return (uint64_t) (2.0 * (gated ? 3 : 2) * n_embd * d * n_expert * n_tokens * active);
     }
 
-    test_union_ffn(ggml_type type, int64_t n_embd, int64_t d, int64_t n_expert, int64_t n_tokens,
-                   ggml_union_act act = GGML_UNION_ACT_SILU, bool gated = false, float active = 0.2f) :
-        type(type), n_embd(n_embd), d(d), n_expert(n_expert), n_tokens(n_tokens), act(act), gated(gated), active(active) {}
+    test_union_ffn(ggml_type      type,
+                   int64_t        n_embd,
+                   int64_t        d,
+                   int64_t        n_expert,
+                   int64_t        n_tokens,
+                   ggml_union_act act    = GGML_UNION_ACT_SILU,
+                   bool           gated  = false,
+                   float          active = 0.2f) :
+        type(type),
+        n_embd(n_embd),
+        d(d),
+        n_expert(n_expert),
+        n_tokens(n_tokens),
+        act(act),
+        gated(gated),
+        active(active) {}
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * x      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n_tokens);
@@ -56,7 +77,8 @@ struct test_union_ffn : public test_case {
         const bool    mean   = act == GGML_UNION_ACT_NORM_SILU || act == GGML_UNION_ACT_NORM_SILU_NORMS;
         const bool    norm   = act == GGML_UNION_ACT_NORM_SILU || act == GGML_UNION_ACT_NORM_SILU_NOMEAN;
         ggml_set_name(scores, "scores");
-        return ggml_union_ffn(ctx, x, up, gate, down, scores, mean ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd) : nullptr,
+        return ggml_union_ffn(ctx, x, up, gate, down, scores,
+                              mean ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd) : nullptr,
                               norm ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, d) : nullptr, act, 1e-5f);
     }
 
@@ -83,21 +105,24 @@ static void make_blockffn_cases_eval(std::vector<std::unique_ptr<test_case>> & c
         for (int norm = GGML_ROUTER_NORM_NONE; norm <= GGML_ROUTER_NORM_SUM; norm++) {
             for (int bias = GGML_ROUTER_BIAS_NONE; bias <= GGML_ROUTER_BIAS_RMS; bias++) {
                 for (int64_t n_weight : { (int64_t) 0, (int64_t) 1, n_expert }) {
-                    cases.emplace_back(new test_relu_router(n_expert, 5, (ggml_router_norm) norm, (ggml_router_bias) bias, n_weight));
+                    cases.emplace_back(
+                        new test_relu_router(n_expert, 5, (ggml_router_norm) norm, (ggml_router_bias) bias, n_weight));
                 }
             }
         }
     }
-    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
-                            GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 }) {
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                            GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 }) {
         for (int64_t n_tokens : { 1, 2, 5, 8, 33 }) {
             cases.emplace_back(new test_union_ffn(type, 256, 64, 7, n_tokens));
-            cases.emplace_back(new test_union_ffn(type, 96, 32, 42, n_tokens, GGML_UNION_ACT_NORM_SILU, n_tokens % 2 == 0));
+            cases.emplace_back(
+                new test_union_ffn(type, 96, 32, 42, n_tokens, GGML_UNION_ACT_NORM_SILU, n_tokens % 2 == 0));
         }
     }
     for (int act = GGML_UNION_ACT_SILU; act <= GGML_UNION_ACT_NORM_SILU_NORMS; act++) {
         for (float active : { 0.1f, 1.0f }) {
-            cases.emplace_back(new test_union_ffn(GGML_TYPE_Q8_0, 128, 96, 7, 9, (ggml_union_act) act, act % 2 == 1, active));
+            cases.emplace_back(
+                new test_union_ffn(GGML_TYPE_Q8_0, 128, 96, 7, 9, (ggml_union_act) act, act % 2 == 1, active));
         }
     }
 }

@@ -18,6 +18,7 @@
 struct ctx_deleter {
     void operator()(ggml_context * c) const { ggml_free(c); }
 };
+
 using ctx_ptr = std::unique_ptr<ggml_context, ctx_deleter>;
 
 inline ctx_ptr make_ctx(size_t n_tensors) {
@@ -38,8 +39,8 @@ inline std::vector<float> random_values(size_t n, std::mt19937 & rng, float scal
 inline std::vector<ggml_backend_buffer_type_t> cpu_buffer_types() {
     std::vector<ggml_backend_buffer_type_t> types  = { ggml_backend_cpu_buffer_type() };
     ggml_backend_dev_t                      device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device),
-                                                                                      "ggml_backend_dev_get_extra_bufts");
+    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
     for (ggml_backend_buffer_type_t * t = get ? get(device) : nullptr; t && *t; t++) {
         types.push_back(*t);
     }
@@ -64,7 +65,9 @@ struct placed_weight {
 
     placed_weight() = default;
 
-    placed_weight(ggml_backend_buffer_type_t type_of_buffer, ggml_type type, std::vector<int64_t> ne,
+    placed_weight(ggml_backend_buffer_type_t type_of_buffer,
+                  ggml_type                  type,
+                  std::vector<int64_t>       ne,
                   const std::vector<float> & values) :
         ctx(make_ctx(2)) {
         tensor = ggml_new_tensor(ctx.get(), type, (int) ne.size(), ne.data());
@@ -109,8 +112,9 @@ struct cpu_runner {
 
     ~cpu_runner() { ggml_backend_free(backend); }
 
-    std::vector<float> run(int n_threads, const std::function<ggml_tensor *(ggml_context *)> & build,
-                           const std::function<void()> & set) {
+    std::vector<float> run(int                                                  n_threads,
+                           const std::function<ggml_tensor *(ggml_context *)> & build,
+                           const std::function<void()> &                        set) {
         ctx_ptr       ctx   = make_ctx(64);
         ggml_tensor * out   = build(ctx.get());
         ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 64, false);

@@ -26,7 +26,8 @@ struct router_data {
 // random rows, a row of zeros, a row without a positive logit and a row with a NaN
 router_data make_data(const router_case & c) {
     std::mt19937 rng((unsigned) (c.n_expert * 31 + c.n));
-    router_data  d = { random_values(c.n * c.n_expert, rng), random_values(c.n_weight, rng), random_values(c.n_expert, rng) };
+    router_data  d = { random_values(c.n * c.n_expert, rng), random_values(c.n_weight, rng),
+                       random_values(c.n_expert, rng) };
     for (int64_t e = 0; e < c.n_expert; e++) {
         if (c.n > 1) {
             d.logits[c.n_expert + e] = 0.0f;
@@ -49,20 +50,21 @@ std::vector<double> oracle(const router_case & c, const router_data & d) {
         for (int64_t e = 0; e < c.n_expert; e++) {
             squares += (double) r[e] * r[e];
         }
-        const double factor = c.bias == GGML_ROUTER_BIAS_RMS ? std::sqrt(squares / c.n_expert) : 1.0;
+        const double      factor = c.bias == GGML_ROUTER_BIAS_RMS ? std::sqrt(squares / c.n_expert) : 1.0;
         std::vector<bool> active(c.n_expert);
         for (int64_t e = 0; e < c.n_expert; e++) {
             active[e] = r[e] > 0.0f && (c.bias == GGML_ROUTER_BIAS_NONE || r[e] + d.bias[e] * factor > 0.0);
             active_squares += active[e] ? (double) r[e] * r[e] : 0.0;
             sum += active[e] ? r[e] : 0.0;
         }
-        const double norm = c.norm == GGML_ROUTER_NORM_RMS ? 1.0 / std::sqrt(active_squares / c.n_expert + (double) EPS) :
+        const double norm = c.norm == GGML_ROUTER_NORM_RMS ?
+                                1.0 / std::sqrt(active_squares / c.n_expert + (double) EPS) :
                             c.norm == GGML_ROUTER_NORM_SUM ? 1.0 / (sum * (double) NORM_SCALE + 1e-5) :
                                                              1.0;
         for (int64_t e = 0; e < c.n_expert; e++) {
             if (active[e]) {
-                const double w = c.n_weight == 0 ? 1.0 : d.weight[c.n_weight == 1 ? 0 : e];
-                const double v = r[e] * norm * w * c.scale;
+                const double w        = c.n_weight == 0 ? 1.0 : d.weight[c.n_weight == 1 ? 0 : e];
+                const double v        = r[e] * norm * w * c.scale;
                 s[t * c.n_expert + e] = std::fabs(v) < FLT_MIN ? std::copysign(FLT_MIN, v) : v;
             }
         }
@@ -71,14 +73,14 @@ std::vector<double> oracle(const router_case & c, const router_data & d) {
 }
 
 std::vector<float> compute(cpu_runner & runner, const router_case & c, const router_data & d, int threads) {
-    const int64_t pad = c.views ? 5 : 0;
+    const int64_t pad    = c.views ? 5 : 0;
     ggml_tensor * logits = nullptr;
     ggml_tensor * weight = nullptr;
     ggml_tensor * bias   = nullptr;
-    auto build = [&](ggml_context * ctx) {
+    auto          build  = [&](ggml_context * ctx) {
         logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_expert + pad, c.n);
         weight = c.n_weight ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_weight) : nullptr;
-        bias   = c.bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_expert) : nullptr;
+        bias = c.bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_expert) : nullptr;
         ggml_tensor * rows = ggml_view_2d(ctx, logits, c.n_expert, c.n, logits->nb[1], 0);
         return ggml_relu_router(ctx, rows, weight, bias, c.norm, c.bias, EPS, NORM_SCALE, c.scale);
     };
@@ -99,7 +101,8 @@ std::vector<float> compute(cpu_runner & runner, const router_case & c, const rou
 // the same active set, exactly, and values within float rounding
 bool matches(const std::vector<float> & got, const std::vector<double> & want) {
     for (size_t i = 0; i < want.size(); i++) {
-        if ((got[i] == 0.0f) != (want[i] == 0.0) || !(std::fabs(got[i] - want[i]) <= 1e-5 * std::fabs(want[i]) + FLT_MIN)) {
+        if ((got[i] == 0.0f) != (want[i] == 0.0) ||
+            !(std::fabs(got[i] - want[i]) <= 1e-5 * std::fabs(want[i]) + FLT_MIN)) {
             return false;
         }
     }
@@ -108,8 +111,8 @@ bool matches(const std::vector<float> & got, const std::vector<double> & want) {
 
 // NaN logits select nothing and do not spread to other tokens
 bool nan_is_inactive(cpu_runner & runner) {
-    const router_case c = { 7, 3, GGML_ROUTER_NORM_RMS, GGML_ROUTER_BIAS_NONE, 7, 1.0f, false };
-    router_data       d = make_data(c);
+    const router_case        c     = { 7, 3, GGML_ROUTER_NORM_RMS, GGML_ROUTER_BIAS_NONE, 7, 1.0f, false };
+    router_data              d     = make_data(c);
     const std::vector<float> clean = compute(runner, c, d, 1);
     d.logits[2 * c.n_expert + 3]   = std::numeric_limits<float>::quiet_NaN();
     const std::vector<float> got   = compute(runner, c, d, 1);
@@ -131,14 +134,17 @@ int main() {
             for (int norm = GGML_ROUTER_NORM_NONE; norm <= GGML_ROUTER_NORM_SUM; norm++) {
                 for (int bias = GGML_ROUTER_BIAS_NONE; bias <= GGML_ROUTER_BIAS_RMS; bias++) {
                     for (int64_t n_weight : { (int64_t) 0, (int64_t) 1, n_expert }) {
-                        const router_case c = { n_expert,          n, (ggml_router_norm) norm, (ggml_router_bias) bias, n_weight,
-                                                bias ? 0.5f : 1.0f, n % 2 == 1 };
-                        const router_data d = make_data(c);
-                        const bool ok = matches(compute(runner, c, d, 1 + n_run % 4), oracle(c, d));
+                        const router_case c = {
+                            n_expert,           n,         (ggml_router_norm) norm, (ggml_router_bias) bias, n_weight,
+                            bias ? 0.5f : 1.0f, n % 2 == 1
+                        };
+                        const router_data d  = make_data(c);
+                        const bool        ok = matches(compute(runner, c, d, 1 + n_run % 4), oracle(c, d));
                         n_run++;
                         n_failed += !ok;
                         if (!ok) {
-                            printf("FAIL E=%d n=%d norm=%d bias=%d n_weight=%d\n", (int) n_expert, (int) n, norm, bias, (int) n_weight);
+                            printf("FAIL E=%d n=%d norm=%d bias=%d n_weight=%d\n", (int) n_expert, (int) n, norm, bias,
+                                   (int) n_weight);
                         }
                     }
                 }

@@ -19,24 +19,27 @@ const char * pattern_name(pattern p) {
 }
 
 const char * act_name(ggml_union_act act) {
-    static const char * names[] = { "silu", "relu", "gelu", "relu2", "norm_silu", "norm_silu_nomean", "norm_silu_norms" };
+    static const char * names[] = {
+        "silu", "relu", "gelu", "relu2", "norm_silu", "norm_silu_nomean", "norm_silu_norms"
+    };
     return names[(int) act];
 }
 
 struct ffn_case {
     int64_t        h = 256, d = 64, n_expert = 7, n = 5;
     ggml_type      up = GGML_TYPE_F32, down = GGML_TYPE_F32;
-    bool           gated  = false;
-    bool           packed = false;  // weights in CPU_REPACK where it takes them
-    bool           views  = false;  // input and scores are views into wider tensors
-    ggml_union_act act    = GGML_UNION_ACT_SILU;
-    pattern        active = pattern::some;
+    bool           gated   = false;
+    bool           packed  = false;  // weights in CPU_REPACK where it takes them
+    bool           views   = false;  // input and scores are views into wider tensors
+    ggml_union_act act     = GGML_UNION_ACT_SILU;
+    pattern        active  = pattern::some;
     int            threads = 2;
 
     std::string name() const {
         char text[256];
-        snprintf(text, sizeof(text), "h=%d d=%d E=%d n=%d up=%s down=%s gated=%d packed=%d views=%d act=%s active=%s threads=%d",
-                 (int) h, (int) d, (int) n_expert, (int) n, ggml_type_name(up), ggml_type_name(down), gated, packed, views,
+        snprintf(text, sizeof(text),
+                 "h=%d d=%d E=%d n=%d up=%s down=%s gated=%d packed=%d views=%d act=%s active=%s threads=%d", (int) h,
+                 (int) d, (int) n_expert, (int) n, ggml_type_name(up), ggml_type_name(down), gated, packed, views,
                  act_name(act), pattern_name(active), threads);
         return text;
     }
@@ -52,9 +55,9 @@ bool has_mean(ggml_union_act act) {
 
 // weights and inputs of a case; tokens can be evaluated in any cut
 struct ffn_data {
-    ffn_case           c;
-    placed_weight      up, gate, down;
-    std::vector<float> x, scores, mean, norm;  // [n][h], [n][n_expert], [h], [d]
+    ffn_case               c;
+    placed_weight          up, gate, down;
+    std::vector<float>     x, scores, mean, norm;  // [n][h], [n][n_expert], [h], [d]
     static constexpr float eps = 1e-5f;
 
     ffn_data(const ffn_case & c_, unsigned seed) : c(c_) {
@@ -90,7 +93,7 @@ struct ffn_data {
             ggml_tensor * b   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, ne[0], 1, 1);
             ggml_tensor * op  = ggml_mul_mat_id(ctx.get(), w, b, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1));
             w->buffer         = ggml_backend_buft_alloc_buffer(buft, 0);
-            const bool ok     = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+            const bool ok = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
             ggml_backend_buffer_free(w->buffer);
             buft = ok ? buft : nullptr;
         }
@@ -98,13 +101,13 @@ struct ffn_data {
     }
 
     std::vector<float> compute(cpu_runner & runner, int64_t t0, int64_t n, int threads) const {
-        ggml_tensor *x_in, *s_in, *mean_in, *norm_in;
-        const int64_t pad = c.views ? 3 : 0;
-        auto build = [&](ggml_context * ctx) {
-            x_in    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.h + pad, n);
-            s_in    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_expert + pad, n);
-            mean_in = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.h);
-            norm_in = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.d);
+        ggml_tensor * x_in, *s_in, *mean_in, *norm_in;
+        const int64_t pad   = c.views ? 3 : 0;
+        auto          build = [&](ggml_context * ctx) {
+            x_in             = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.h + pad, n);
+            s_in             = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_expert + pad, n);
+            mean_in          = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.h);
+            norm_in          = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.d);
             ggml_tensor * xv = ggml_view_2d(ctx, x_in, c.h, n, x_in->nb[1], pad * sizeof(float));
             ggml_tensor * sv = ggml_view_2d(ctx, s_in, c.n_expert, n, s_in->nb[1], pad * sizeof(float));
             return ggml_union_ffn(ctx, c.views ? xv : x_in, up.tensor, gate.tensor, down.tensor, c.views ? sv : s_in,
@@ -112,7 +115,8 @@ struct ffn_data {
         };
         auto set = [&] {
             for (int64_t t = 0; t < n; t++) {
-                ggml_backend_tensor_set(x_in, &x[(t0 + t) * c.h], t * x_in->nb[1] + pad * sizeof(float), c.h * sizeof(float));
+                ggml_backend_tensor_set(x_in, &x[(t0 + t) * c.h], t * x_in->nb[1] + pad * sizeof(float),
+                                        c.h * sizeof(float));
                 ggml_backend_tensor_set(s_in, &scores[(t0 + t) * c.n_expert], t * s_in->nb[1] + pad * sizeof(float),
                                         c.n_expert * sizeof(float));
             }
@@ -127,10 +131,14 @@ struct ffn_data {
 
 double activation(ggml_union_act act, double v) {
     switch (act) {
-        case GGML_UNION_ACT_RELU: return std::max(v, 0.0);
-        case GGML_UNION_ACT_RELU_SQUARED: return v > 0.0 ? v * v : 0.0;
-        case GGML_UNION_ACT_GELU: return 0.5 * v * (1.0 + std::erf(v * std::sqrt(0.5)));
-        default: return v / (1.0 + std::exp(-v));
+        case GGML_UNION_ACT_RELU:
+            return std::max(v, 0.0);
+        case GGML_UNION_ACT_RELU_SQUARED:
+            return v > 0.0 ? v * v : 0.0;
+        case GGML_UNION_ACT_GELU:
+            return 0.5 * v * (1.0 + std::erf(v * std::sqrt(0.5)));
+        default:
+            return v / (1.0 + std::exp(-v));
     }
 }
 
@@ -159,8 +167,8 @@ std::vector<double> oracle(const ffn_data & data) {
             if (score == 0.0) {
                 continue;
             }
-            std::vector<double> u = matvec(&up[e * c.h * c.d], x.data(), c.h, c.d);
-            std::vector<double> a = c.gated ? matvec(&gate[e * c.h * c.d], x.data(), c.h, c.d) : u;
+            std::vector<double> u       = matvec(&up[e * c.h * c.d], x.data(), c.h, c.d);
+            std::vector<double> a       = c.gated ? matvec(&gate[e * c.h * c.d], x.data(), c.h, c.d) : u;
             double              squares = 0.0;
             for (double & v : a) {
                 v -= mean;
@@ -228,9 +236,9 @@ struct tester {
         const std::vector<float> whole = data.compute(runner, 0, c.n, c.threads);
         auto                     check = [&](int64_t t0, int64_t n, int threads) {
             const std::vector<float> part = data.compute(runner, t0, n, threads);
-            const bool same = memcmp(part.data(), &whole[t0 * c.h], part.size() * sizeof(float)) == 0;
+            const bool               same = memcmp(part.data(), &whole[t0 * c.h], part.size() * sizeof(float)) == 0;
             report(same, "invariance", c.name(),
-                   "tokens " + std::to_string(t0) + " + " + std::to_string(n) + ", threads " + std::to_string(threads));
+                                       "tokens " + std::to_string(t0) + " + " + std::to_string(n) + ", threads " + std::to_string(threads));
         };
         for (int64_t t = 0; t < c.n; t += 1 + t / 8) {
             check(t, 1, 1 + (int) (t % 4));
@@ -305,7 +313,8 @@ void test_shapes(tester & t, extent x) {
         for (int64_t n_expert : { 1, 7, 42, 56, 77, 102 }) {
             for (int64_t d : { 32, 64, 96, 128 }) {
                 for (int64_t n : TOKENS) {
-                    if ((x != extent::full && n != TOKENS[(n_expert + d / 32) % 13]) || (x == extent::quick && n_expert != 7)) {
+                    if ((x != extent::full && n != TOKENS[(n_expert + d / 32) % 13]) ||
+                        (x == extent::quick && n_expert != 7)) {
                         continue;
                     }
                     ffn_case c;

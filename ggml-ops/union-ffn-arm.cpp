@@ -49,7 +49,13 @@ float quantize_block(const float * x, int8_t * q) {
     return amax / 127.0f;
 }
 
-void int8_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void int8_act_pack(const union_weight &,
+                   int64_t       k,
+                   int64_t       first,
+                   int64_t       n,
+                   const float * x,
+                   float         factor,
+                   void *        act) {
     int8_act a(act, k);
     for (int64_t i = 0; i < n; i += BLOCK) {
         a.d[(first + i) / BLOCK] = quantize_block(x + i, a.q + first + i) * factor;
@@ -100,8 +106,8 @@ struct q4_matrix_product {
             for (int i = 0; i < 2; i++) {
                 const int8x16_t low  = vcombine_s8(vld1_s8(x0 + 8 * i), vld1_s8(x1 + 8 * i));
                 const int8x16_t high = vcombine_s8(vld1_s8(x0 + 16 + 8 * i), vld1_s8(x1 + 16 + 8 * i));
-                s01 = vmmlaq_s32(vmmlaq_s32(s01, w.low[2 * i], low), w.high[2 * i], high);
-                s23 = vmmlaq_s32(vmmlaq_s32(s23, w.low[2 * i + 1], low), w.high[2 * i + 1], high);
+                s01                  = vmmlaq_s32(vmmlaq_s32(s01, w.low[2 * i], low), w.high[2 * i], high);
+                s23                  = vmmlaq_s32(vmmlaq_s32(s23, w.low[2 * i + 1], low), w.high[2 * i + 1], high);
             }
             sums[t] = vuzp1q_s32(s01, s23);
             if (t + 1 < T) {
@@ -114,7 +120,12 @@ struct q4_matrix_product {
 #    endif
 
 template <typename product, int T>
-void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * const * act, float * const * acc, const char * next) {
+void q4_dot_tile(int64_t              k,
+                 const char *         rows,
+                 int64_t              n_rows,
+                 const void * const * act,
+                 float * const *      acc,
+                 const char *         next) {
     int8_act a[T];
     for (int t = 0; t < T; t++) {
         a[t] = int8_act(act[t], k);
@@ -126,7 +137,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t] = vld1q_f32(acc[t] + r);
         }
         for (int64_t b = 0; b < k / BLOCK; b++, w++) {
-            __builtin_prefetch((const char *) w + 1024);
             if (next) {
                 __builtin_prefetch(next + ((const char *) w - rows));
             }
@@ -144,14 +154,24 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
 }
 
 template <typename product>
-void q4_dot(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act, float * const * acc,
-            const char * next) {
+void q4_dot(const union_weight & w,
+            const char *         rows,
+            int64_t              n_rows,
+            const void * const * act,
+            int64_t              n_act,
+            float * const *      acc,
+            const char *         next) {
     switch (n_act) {
-        case 1: return q4_dot_tile<product, 1>(w.k, rows, n_rows, act, acc, next);
-        case 2: return q4_dot_tile<product, 2>(w.k, rows, n_rows, act, acc, next);
-        case 3: return q4_dot_tile<product, 3>(w.k, rows, n_rows, act, acc, next);
-        case 4: return q4_dot_tile<product, 4>(w.k, rows, n_rows, act, acc, next);
-        default: GGML_ABORT("tile of %d activation rows", (int) n_act);
+        case 1:
+            return q4_dot_tile<product, 1>(w.k, rows, n_rows, act, acc, next);
+        case 2:
+            return q4_dot_tile<product, 2>(w.k, rows, n_rows, act, acc, next);
+        case 3:
+            return q4_dot_tile<product, 3>(w.k, rows, n_rows, act, acc, next);
+        case 4:
+            return q4_dot_tile<product, 4>(w.k, rows, n_rows, act, acc, next);
+        default:
+            GGML_ABORT("tile of %d activation rows", (int) n_act);
     }
 }
 
@@ -159,7 +179,8 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel q4_dot_kernel = { "q4_0_4x4", 4, 1, TILE, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>, copy_sums };
+const union_kernel q4_dot_kernel = { "q4_0_4x4", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>,
+                                     copy_sums };
 
 }  // namespace
 
@@ -168,8 +189,9 @@ const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t int
         return nullptr;
     }
 #    if defined(__ARM_FEATURE_MATMUL_INT8)
-    static const union_kernel q4_mm_kernel = { "q4_0_4x8",    4, 1, TILE, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>,
-                                               copy_sums };
+    static const union_kernel q4_mm_kernel = {
+        "q4_0_4x8", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>, copy_sums
+    };
     if (inter == 8) {
         return &q4_mm_kernel;
     }

@@ -17,13 +17,24 @@ size_t general_act_size(const union_weight & w, int64_t k) {
     return ACT_HEAD + union_align(ggml_row_size(w.act_type, k));
 }
 
-void general_act_pack(const union_weight & w, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void general_act_pack(const union_weight & w,
+                      int64_t,
+                      int64_t       first,
+                      int64_t       n,
+                      const float * x,
+                      float         factor,
+                      void *        act) {
     *(float *) act = factor;
     w.from_float(x, (char *) act + ACT_HEAD + ggml_row_size(w.act_type, first), n);
 }
 
-void vec_dot_rows(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-                  float * const * acc, const char *) {
+void vec_dot_rows(const union_weight & w,
+                  const char *         rows,
+                  int64_t              n_rows,
+                  const void * const * act,
+                  int64_t              n_act,
+                  float * const *      acc,
+                  const char *) {
     for (int64_t r = 0; r < n_rows; r++) {
         for (int64_t t = 0; t < n_act; t++) {
             float sum = 0.0f;
@@ -34,8 +45,13 @@ void vec_dot_rows(const union_weight & w, const char * rows, int64_t n_rows, con
 }
 
 // Upstream's gemm kernels take four activation rows at once, but round differently from gemv: not batch-invariant.
-void gemv_rows(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-               float * const * acc, const char *) {
+void gemv_rows(const union_weight & w,
+               const char *         rows,
+               int64_t              n_rows,
+               const void * const * act,
+               int64_t              n_act,
+               float * const *      acc,
+               const char *) {
     constexpr int64_t SPAN = 64;  // rows per call, a multiple of every group
     float             sums[SPAN];
     for (int64_t r = 0; r < n_rows; r += SPAN) {
@@ -53,8 +69,10 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel vec_dot_kernel = { "vec_dot", 1, 1, 8, general_act_size, general_act_pack, vec_dot_rows, copy_sums };
-const union_kernel gemv_kernel    = { "gemv", 1, 1, 8, general_act_size, general_act_pack, gemv_rows, copy_sums };
+const union_kernel vec_dot_kernel = {
+    "vec_dot", 1, 1, 8, 0, general_act_size, general_act_pack, vec_dot_rows, copy_sums
+};
+const union_kernel gemv_kernel = { "gemv", 1, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, copy_sums };
 
 const union_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows) {
     const union_kernel * kernel = union_kernel_x86(type, group, inter, k, n_rows);

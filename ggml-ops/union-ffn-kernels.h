@@ -19,18 +19,30 @@ struct union_kernel {
     int64_t      rows;   // rows come in groups of this many
     int64_t      lanes;  // partial sums per row
     int64_t      tile;   // most activation rows per call
+    int64_t      ahead;  // bytes to ask for ahead of its reads of long rows; 0: it does that itself
 
     // bytes of an activation row of k values
     size_t (*act_size)(const union_weight & w, int64_t k);
 
     // pack values [first, first + n) of an activation row of k values, times factor; first and n are multiples of
     // w.act_block
-    void (*act_pack)(const union_weight & w, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act);
+    void (*act_pack)(const union_weight & w,
+                     int64_t              k,
+                     int64_t              first,
+                     int64_t              n,
+                     const float *        x,
+                     float                factor,
+                     void *               act);
 
     // acc[t][row*lanes + lane] += partial sums of n_rows consecutive rows starting at `rows` with act[t], t < n_act <= tile;
-    // memory at `next`, as long as the rows, will be wanted soon (may be NULL)
-    void (*dot)(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-                float * const * acc, const char * next);
+    // memory at `next`, as long as the rows, will be wanted soon (may be NULL): a kernel prefetches it as it goes along
+    void (*dot)(const union_weight & w,
+                const char *         rows,
+                int64_t              n_rows,
+                const void * const * act,
+                int64_t              n_act,
+                float * const *      acc,
+                const char *         next);
 
     // out[row] = sum of the row's lanes
     void (*reduce)(int64_t n_rows, const float * acc, float * out);

@@ -44,7 +44,7 @@ void ref_expert(const union_op & op, int64_t e, float score, const float * x, do
             s.gate[r] = (float) dot(s.row, x, op.n_embd);
         }
     }
-    float * a = op.gate ? s.gate : s.z;  // what the activation sees
+    float * a       = op.gate ? s.gate : s.z;  // what the activation sees
     double  squares = 0.0;
     for (int64_t r = 0; r < op.d; r++) {
         a[r] = (float) (a[r] - mean);
@@ -74,9 +74,9 @@ void ggml_compute_forward_union_ffn_ref(const ggml_compute_params * params, ggml
     const size_t   size = union_ref_scratch_size(op);
     GGML_ASSERT(params->wsize >= size * params->nth);
 
-    char *      base = (char *) params->wdata + size * params->ith;
+    char *       base = (char *) params->wdata + size * params->ith;
     const size_t wide = (size_t) std::max(op.n_embd, op.d);
-    ref_scratch s;
+    ref_scratch  s;
     s.y    = (double *) base;
     s.row  = (float *) (base + union_align(op.n_embd * sizeof(double)));
     s.z    = s.row + wide;

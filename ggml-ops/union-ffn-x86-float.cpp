@@ -16,15 +16,29 @@ size_t float_act_size(const union_weight &, int64_t k) {
     return union_align(k * sizeof(float));
 }
 
-void float_act_pack(const union_weight &, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void float_act_pack(const union_weight &,
+                    int64_t,
+                    int64_t       first,
+                    int64_t       n,
+                    const float * x,
+                    float         factor,
+                    void *        act) {
     for (int64_t i = 0; i < n; i++) {
         ((float *) act)[first + i] = x[i] * factor;
     }
 }
 
-inline float to_float(float v) { return v; }
-inline float to_float(ggml_fp16_t v) { return _cvtsh_ss(v); }
-inline float to_float(ggml_bf16_t v) { return GGML_BF16_TO_FP32(v); }
+inline float to_float(float v) {
+    return v;
+}
+
+inline float to_float(ggml_fp16_t v) {
+    return _cvtsh_ss(v);
+}
+
+inline float to_float(ggml_bf16_t v) {
+    return GGML_BF16_TO_FP32(v);
+}
 
 #    if UNION_AVX512
 
@@ -32,14 +46,29 @@ typedef __m512    vec;
 constexpr int64_t VEC        = 16;
 constexpr int64_t FLOAT_TILE = 4;
 
-inline vec load(const float * p) { return _mm512_loadu_ps(p); }
-inline vec load(const ggml_fp16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+inline vec load(const float * p) {
+    return _mm512_loadu_ps(p);
+}
+
+inline vec load(const ggml_fp16_t * p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+}
+
 inline vec load(const ggml_bf16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
-inline vec    zero() { return _mm512_setzero_ps(); }
-inline vec    fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline __m256 fold(vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+
+inline vec zero() {
+    return _mm512_setzero_ps();
+}
+
+inline vec fma(vec a, vec b, vec c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+inline __m256 fold(vec v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
 
 #    else
 
@@ -47,14 +76,29 @@ typedef __m256    vec;
 constexpr int64_t VEC        = 8;
 constexpr int64_t FLOAT_TILE = 2;
 
-inline vec load(const float * p) { return _mm256_loadu_ps(p); }
-inline vec load(const ggml_fp16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+inline vec load(const float * p) {
+    return _mm256_loadu_ps(p);
+}
+
+inline vec load(const ggml_fp16_t * p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+}
+
 inline vec load(const ggml_bf16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
-inline vec    zero() { return _mm256_setzero_ps(); }
-inline vec    fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline __m256 fold(vec v) { return v; }
+
+inline vec zero() {
+    return _mm256_setzero_ps();
+}
+
+inline vec fma(vec a, vec b, vec c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+inline __m256 fold(vec v) {
+    return v;
+}
 
 #    endif
 
@@ -68,7 +112,11 @@ inline __m128 sum_lanes(const vec v[FLOAT_ROWS]) {
 
 // R <= FLOAT_ROWS rows times T activation rows
 template <typename W, int T, int R>
-inline void float_dot_rows(int64_t k, const char * rows, size_t row_size, const float * const * x, float * const * acc) {
+inline void float_dot_rows(int64_t               k,
+                           const char *          rows,
+                           size_t                row_size,
+                           const float * const * x,
+                           float * const *       acc) {
     vec sum[T][FLOAT_ROWS];
     for (int t = 0; t < T; t++) {
         for (int r = 0; r < FLOAT_ROWS; r++) {
@@ -87,7 +135,7 @@ inline void float_dot_rows(int64_t k, const char * rows, size_t row_size, const 
         }
 #    pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            _mm_prefetch((const char *) (w[r] + i) + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *) (w[r] + i) + 1024, _MM_HINT_T0);  // every row is a stream of its own
             const vec wr = load(w[r] + i);
 #    pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
@@ -108,8 +156,12 @@ inline void float_dot_rows(int64_t k, const char * rows, size_t row_size, const 
 }
 
 template <typename W, int T>
-void float_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, float * const * acc,
-                    const char * next) {
+void float_dot_tile(const union_weight & w,
+                    const char *         rows,
+                    int64_t              n_rows,
+                    const void * const * act,
+                    float * const *      acc,
+                    const char *         next) {
     const float * x[T];
     float *       sums[T];
     for (int t = 0; t < T; t++) {
@@ -124,25 +176,42 @@ void float_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, c
             prefetch_lines(next + r * w.row_size, std::min(FLOAT_ROWS, n_rows - r) * w.row_size);
         }
         switch (std::min(FLOAT_ROWS, n_rows - r)) {
-            case 1: float_dot_rows<W, T, 1>(w.k, at, w.row_size, x, sums); break;
-            case 2: float_dot_rows<W, T, 2>(w.k, at, w.row_size, x, sums); break;
-            case 3: float_dot_rows<W, T, 3>(w.k, at, w.row_size, x, sums); break;
-            default: float_dot_rows<W, T, 4>(w.k, at, w.row_size, x, sums);
+            case 1:
+                float_dot_rows<W, T, 1>(w.k, at, w.row_size, x, sums);
+                break;
+            case 2:
+                float_dot_rows<W, T, 2>(w.k, at, w.row_size, x, sums);
+                break;
+            case 3:
+                float_dot_rows<W, T, 3>(w.k, at, w.row_size, x, sums);
+                break;
+            default:
+                float_dot_rows<W, T, 4>(w.k, at, w.row_size, x, sums);
         }
     }
 }
 
 template <typename W>
-void float_dot(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-               float * const * acc, const char * next) {
+void float_dot(const union_weight & w,
+               const char *         rows,
+               int64_t              n_rows,
+               const void * const * act,
+               int64_t              n_act,
+               float * const *      acc,
+               const char *         next) {
     switch (n_act) {
-        case 1: return float_dot_tile<W, 1>(w, rows, n_rows, act, acc, next);
-        case 2: return float_dot_tile<W, 2>(w, rows, n_rows, act, acc, next);
+        case 1:
+            return float_dot_tile<W, 1>(w, rows, n_rows, act, acc, next);
+        case 2:
+            return float_dot_tile<W, 2>(w, rows, n_rows, act, acc, next);
 #    if UNION_AVX512
-        case 3: return float_dot_tile<W, 3>(w, rows, n_rows, act, acc, next);
-        case 4: return float_dot_tile<W, 4>(w, rows, n_rows, act, acc, next);
+        case 3:
+            return float_dot_tile<W, 3>(w, rows, n_rows, act, acc, next);
+        case 4:
+            return float_dot_tile<W, 4>(w, rows, n_rows, act, acc, next);
 #    endif
-        default: GGML_ABORT("tile of %d activation rows", (int) n_act);
+        default:
+            GGML_ABORT("tile of %d activation rows", (int) n_act);
     }
 }
 
@@ -150,9 +219,13 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel f32_kernel  = { "f32",  1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<float>,       copy_sums };
-const union_kernel f16_kernel  = { "f16",  1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, copy_sums };
-const union_kernel bf16_kernel = { "bf16", 1, 1, FLOAT_TILE, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, copy_sums };
+const union_kernel f32_kernel = { "f32",    1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>,
+                                  copy_sums };
+const union_kernel f16_kernel = { "f16",    1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>,
+                                  copy_sums };
+const union_kernel bf16_kernel = {
+    "bf16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, copy_sums
+};
 
 }  // namespace
 
@@ -161,10 +234,14 @@ const union_kernel * union_kernel_x86_float(ggml_type type, int64_t group) {
         return nullptr;
     }
     switch (type) {
-        case GGML_TYPE_F32:  return &f32_kernel;
-        case GGML_TYPE_F16:  return &f16_kernel;
-        case GGML_TYPE_BF16: return &bf16_kernel;
-        default:             return nullptr;
+        case GGML_TYPE_F32:
+            return &f32_kernel;
+        case GGML_TYPE_F16:
+            return &f16_kernel;
+        case GGML_TYPE_BF16:
+            return &bf16_kernel;
+        default:
+            return nullptr;
     }
 }
 

@@ -19,8 +19,12 @@ void q4_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, cons
 }
 
 template <int T>
-void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * const * act, float * const * acc,
-                 const char * next) {
+void q4_dot_tile(int64_t              k,
+                 const char *         rows,
+                 int64_t              n_rows,
+                 const void * const * act,
+                 float * const *      acc,
+                 const char *         next) {
     const int64_t n_blocks = k / BLOCK;
     const __m512i low      = _mm512_set1_epi8(0x0f);
     const __m512i flip     = _mm512_set1_epi8(0x08);
@@ -42,8 +46,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t] = _mm512_loadu_ps(acc[t] + 16 * g);
         }
         for (int64_t b = 0; b < n_blocks; b++, w++) {
-            _mm_prefetch((const char *) w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + AHEAD + 64, _MM_HINT_T0);
             if (next) {
                 prefetch_lines(next + ((const char *) w - rows), sizeof(block_q4_0x8));
             }
@@ -84,8 +86,12 @@ void q4_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, cons
 }
 
 template <int T>
-void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * const * act, float * const * acc,
-                 const char * next) {
+void q4_dot_tile(int64_t              k,
+                 const char *         rows,
+                 int64_t              n_rows,
+                 const void * const * act,
+                 float * const *      acc,
+                 const char *         next) {
     const int64_t n_blocks = k / BLOCK;
     const __m256i low      = _mm256_set1_epi8(0x0f);
     const __m256i flip     = _mm256_set1_epi8((char) 0x88);
@@ -108,8 +114,6 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
             sum[t][1] = _mm256_loadu_ps(acc[t] + 16 * g + 8);
         }
         for (int64_t b = 0; b < n_blocks; b++, w++) {
-            _mm_prefetch((const char *) w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + AHEAD + 64, _MM_HINT_T0);
             if (next) {
                 prefetch_lines(next + ((const char *) w - rows), sizeof(block_q4_0x8));
             }
@@ -117,25 +121,27 @@ void q4_dot_tile(int64_t k, const char * rows, int64_t n_rows, const void * cons
 #        pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {  // rows 0..3 and 4..7
                 const __m256i v0 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (w->qs + 32 * half)), flip);
-                const __m256i v1 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (w->qs + 64 + 32 * half)), flip);
+                const __m256i v1 =
+                    _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (w->qs + 64 + 32 * half)), flip);
                 const __m256i w0 = _mm256_and_si256(v0, low);
                 const __m256i w1 = _mm256_and_si256(v1, low);
                 const __m256i w2 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), low);
                 const __m256i w3 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), low);
-                const __m256i at = half ? _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7) : _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
-                const __m256  dw = _mm256_permutevar8x32_ps(d8, at);
+                const __m256i at =
+                    half ? _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7) : _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+                const __m256 dw = _mm256_permutevar8x32_ps(d8, at);
 #        pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
                     // at most 8 * 15 * 127 + 2 * 32 * 127 < 2^15
-                    const long long * x = (const long long *) (q[t] + b * BLOCK);
+                    const long long * x  = (const long long *) (q[t] + b * BLOCK);
                     const __m256i     p0 = _mm256_maddubs_epi16(w0, _mm256_set1_epi64x(x[0]));
                     const __m256i     p1 = _mm256_maddubs_epi16(w1, _mm256_set1_epi64x(x[1]));
                     const __m256i     p2 = _mm256_maddubs_epi16(w2, _mm256_set1_epi64x(x[2]));
                     const __m256i     p3 = _mm256_maddubs_epi16(w3, _mm256_set1_epi64x(x[3]));
                     __m256i           s  = _mm256_add_epi16(_mm256_set1_epi32(c[t][b]), p0);
                     s                    = _mm256_add_epi16(_mm256_add_epi16(s, p1), _mm256_add_epi16(p2, p3));
-                    sum[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(s, ones)),
-                                                   _mm256_mul_ps(dw, _mm256_set1_ps(d[t][b])), sum[t][half]);
+                    sum[t][half]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(s, ones)),
+                                                           _mm256_mul_ps(dw, _mm256_set1_ps(d[t][b])), sum[t][half]);
                 }
             }
         }
@@ -150,20 +156,34 @@ constexpr int64_t Q4_TILE = 4;
 
 #    endif
 
-void q4_dot(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-            float * const * acc, const char * next) {
+void q4_dot(const union_weight & w,
+            const char *         rows,
+            int64_t              n_rows,
+            const void * const * act,
+            int64_t              n_act,
+            float * const *      acc,
+            const char *         next) {
     switch (n_act) {
-        case 1: return q4_dot_tile<1>(w.k, rows, n_rows, act, acc, next);
-        case 2: return q4_dot_tile<2>(w.k, rows, n_rows, act, acc, next);
-        case 3: return q4_dot_tile<3>(w.k, rows, n_rows, act, acc, next);
-        case 4: return q4_dot_tile<4>(w.k, rows, n_rows, act, acc, next);
+        case 1:
+            return q4_dot_tile<1>(w.k, rows, n_rows, act, acc, next);
+        case 2:
+            return q4_dot_tile<2>(w.k, rows, n_rows, act, acc, next);
+        case 3:
+            return q4_dot_tile<3>(w.k, rows, n_rows, act, acc, next);
+        case 4:
+            return q4_dot_tile<4>(w.k, rows, n_rows, act, acc, next);
 #    if UNION_AVX512
-        case 5: return q4_dot_tile<5>(w.k, rows, n_rows, act, acc, next);
-        case 6: return q4_dot_tile<6>(w.k, rows, n_rows, act, acc, next);
-        case 7: return q4_dot_tile<7>(w.k, rows, n_rows, act, acc, next);
-        case 8: return q4_dot_tile<8>(w.k, rows, n_rows, act, acc, next);
+        case 5:
+            return q4_dot_tile<5>(w.k, rows, n_rows, act, acc, next);
+        case 6:
+            return q4_dot_tile<6>(w.k, rows, n_rows, act, acc, next);
+        case 7:
+            return q4_dot_tile<7>(w.k, rows, n_rows, act, acc, next);
+        case 8:
+            return q4_dot_tile<8>(w.k, rows, n_rows, act, acc, next);
 #    endif
-        default: GGML_ABORT("tile of %d activation rows", (int) n_act);
+        default:
+            GGML_ABORT("tile of %d activation rows", (int) n_act);
     }
 }
 
@@ -173,7 +193,7 @@ void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {
     }
 }
 
-const union_kernel q4_kernel = { "q4_0_8x8", 8, 2, Q4_TILE, int8_act_size, q4_act_pack, q4_dot, add_lane_pairs };
+const union_kernel q4_kernel = { "q4_0_8x8", 8, 2, Q4_TILE, 1536, int8_act_size, q4_act_pack, q4_dot, add_lane_pairs };
 
 }  // namespace
 

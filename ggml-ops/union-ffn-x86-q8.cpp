@@ -33,7 +33,8 @@ inline __m256i q8_row(const char * rows, size_t row_size, int64_t row, int64_t b
 inline void q8_transpose(const char * rows, size_t row_size, int64_t b, __m512i out[8]) {
     __m512i z[8], t[8];
     for (int i = 0; i < 8; i++) {
-        z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(q8_row(rows, row_size, i, b)), q8_row(rows, row_size, i + 8, b), 1);
+        z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(q8_row(rows, row_size, i, b)),
+                                  q8_row(rows, row_size, i + 8, b), 1);
     }
     for (int i = 0; i < 8; i += 2) {
         t[i]     = _mm512_unpacklo_epi32(z[i], z[i + 1]);
@@ -62,8 +63,7 @@ inline __m512 q8_scales(const char * rows, size_t row_size, int64_t b) {
     return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) d));
 }
 
-template <int T>
-inline void q8_multiply(const __m512i w[8], __m512 dw, const int8_act * act, int64_t b, __m512 * sum) {
+template <int T> inline void q8_multiply(const __m512i w[8], __m512 dw, const int8_act * act, int64_t b, __m512 * sum) {
 #        pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         const int32_t * x = (const int32_t *) (act[t].q + b * BLOCK);
@@ -77,8 +77,14 @@ inline void q8_multiply(const __m512i w[8], __m512 dw, const int8_act * act, int
 
 typedef __m512  q8_sums;
 typedef __m512i q8_dwords;
-inline q8_sums q8_load(const float * p) { return _mm512_loadu_ps(p); }
-inline void    q8_store(float * p, q8_sums v) { _mm512_storeu_ps(p, v); }
+
+inline q8_sums q8_load(const float * p) {
+    return _mm512_loadu_ps(p);
+}
+
+inline void q8_store(float * p, q8_sums v) {
+    _mm512_storeu_ps(p, v);
+}
 
 #    else
 
@@ -119,8 +125,7 @@ inline __m256 q8_scales(const char * rows, size_t row_size, int64_t b) {
 }
 
 // |w| * (x with the sign of w): pairs stay below 2 * 127 * 127 < 2^15, since neither has -128
-template <int T>
-inline void q8_multiply(const __m256i w[8], __m256 dw, const int8_act * act, int64_t b, __m256 * sum) {
+template <int T> inline void q8_multiply(const __m256i w[8], __m256 dw, const int8_act * act, int64_t b, __m256 * sum) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i       s[T];
     for (int t = 0; t < T; t++) {
@@ -131,7 +136,8 @@ inline void q8_multiply(const __m256i w[8], __m256 dw, const int8_act * act, int
 #        pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             const __m256i x = _mm256_set1_epi32(((const int32_t *) (act[t].q + b * BLOCK))[j]);
-            s[t] = _mm256_add_epi32(s[t], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w[j])), ones));
+            s[t] =
+                _mm256_add_epi32(s[t], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w[j])), ones));
         }
     }
     for (int t = 0; t < T; t++) {
@@ -141,14 +147,24 @@ inline void q8_multiply(const __m256i w[8], __m256 dw, const int8_act * act, int
 
 typedef __m256  q8_sums;
 typedef __m256i q8_dwords;
-inline q8_sums q8_load(const float * p) { return _mm256_loadu_ps(p); }
-inline void    q8_store(float * p, q8_sums v) { _mm256_storeu_ps(p, v); }
+
+inline q8_sums q8_load(const float * p) {
+    return _mm256_loadu_ps(p);
+}
+
+inline void q8_store(float * p, q8_sums v) {
+    _mm256_storeu_ps(p, v);
+}
 
 #    endif
 
 template <int T>
-void q8_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, float * const * acc,
-                 const char * next) {
+void q8_dot_tile(const union_weight & w,
+                 const char *         rows,
+                 int64_t              n_rows,
+                 const void * const * act,
+                 float * const *      acc,
+                 const char *         next) {
     const int64_t n_blocks = w.k / BLOCK;
     int8_act      a[T];
     for (int t = 0; t < T; t++) {
@@ -164,7 +180,7 @@ void q8_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, cons
             sum[t] = q8_load(acc[t] + r);
         }
         for (int64_t b = 0; b < n_blocks; b++) {
-            if (b % 2 == 0) {
+            if (b % 2 == 0) {  // every row is a stream of its own
                 for (int64_t i = 0; i < Q8_ROWS; i++) {
                     _mm_prefetch((const char *) block_at(group, w.row_size, i, b) + 512, _MM_HINT_T0);
                 }
@@ -179,20 +195,34 @@ void q8_dot_tile(const union_weight & w, const char * rows, int64_t n_rows, cons
     }
 }
 
-void q8_dot(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-            float * const * acc, const char * next) {
+void q8_dot(const union_weight & w,
+            const char *         rows,
+            int64_t              n_rows,
+            const void * const * act,
+            int64_t              n_act,
+            float * const *      acc,
+            const char *         next) {
     switch (n_act) {
-        case 1: return q8_dot_tile<1>(w, rows, n_rows, act, acc, next);
-        case 2: return q8_dot_tile<2>(w, rows, n_rows, act, acc, next);
-        case 3: return q8_dot_tile<3>(w, rows, n_rows, act, acc, next);
-        case 4: return q8_dot_tile<4>(w, rows, n_rows, act, acc, next);
+        case 1:
+            return q8_dot_tile<1>(w, rows, n_rows, act, acc, next);
+        case 2:
+            return q8_dot_tile<2>(w, rows, n_rows, act, acc, next);
+        case 3:
+            return q8_dot_tile<3>(w, rows, n_rows, act, acc, next);
+        case 4:
+            return q8_dot_tile<4>(w, rows, n_rows, act, acc, next);
 #    if UNION_AVX512
-        case 5: return q8_dot_tile<5>(w, rows, n_rows, act, acc, next);
-        case 6: return q8_dot_tile<6>(w, rows, n_rows, act, acc, next);
-        case 7: return q8_dot_tile<7>(w, rows, n_rows, act, acc, next);
-        case 8: return q8_dot_tile<8>(w, rows, n_rows, act, acc, next);
+        case 5:
+            return q8_dot_tile<5>(w, rows, n_rows, act, acc, next);
+        case 6:
+            return q8_dot_tile<6>(w, rows, n_rows, act, acc, next);
+        case 7:
+            return q8_dot_tile<7>(w, rows, n_rows, act, acc, next);
+        case 8:
+            return q8_dot_tile<8>(w, rows, n_rows, act, acc, next);
 #    endif
-        default: GGML_ABORT("tile of %d activation rows", (int) n_act);
+        default:
+            GGML_ABORT("tile of %d activation rows", (int) n_act);
     }
 }
 
@@ -200,7 +230,7 @@ void copy_sums(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
-const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, int8_act_size, q8_act_pack, q8_dot, copy_sums };
+const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, 0, int8_act_size, q8_act_pack, q8_dot, copy_sums };
 
 }  // namespace
 

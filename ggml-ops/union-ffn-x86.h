@@ -89,9 +89,6 @@ inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, 
     }
 }
 
-// how far ahead of its reads a kernel asks for memory; the hardware prefetchers stop at every page
-constexpr int64_t AHEAD = 2048;
-
 inline void prefetch_lines(const char * p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) {
         _mm_prefetch(p + i, _MM_HINT_T0);

@@ -17,22 +17,22 @@
 
 namespace {
 
-constexpr int64_t MAX_TILE       = 8;
-constexpr int64_t UP_CHUNK       = 32;       // rows of d per piece; one block of the packed hidden row
-constexpr size_t  HIDDEN_LIMIT   = 8 << 20;  // bytes of packed hidden rows; bounds the tokens of a block
-constexpr int64_t MIN_BLOCK      = 64;       // tokens
-constexpr size_t  ACC_LIMIT      = 64 << 10; // bytes of accumulators that a down piece aims at
-constexpr int64_t MAX_DOWN_CHUNK = 128;      // rows of n_embd per piece
+constexpr int64_t MAX_TILE        = 8;
+constexpr int64_t UP_CHUNK        = 32;        // rows of d per piece; one block of the packed hidden row
+constexpr size_t  HIDDEN_LIMIT    = 8 << 20;   // bytes of packed hidden rows; bounds the tokens of a block
+constexpr int64_t MIN_BLOCK       = 64;        // tokens
+constexpr size_t  ACC_LIMIT       = 64 << 10;  // bytes of accumulators that a down piece aims at
+constexpr int64_t MAX_DOWN_CHUNK  = 128;       // rows of n_embd per piece
 constexpr int64_t DOWN_CHUNK_STEP = 32;
 
 // what one block of tokens needs, laid out in the work buffer
 struct union_plan {
     union_op     op;
     union_weight up, gate, down;
-    bool         gate_own_act;  // gate reads another activation format than up
-    int64_t      block;         // most tokens per block
-    int64_t      up_chunk;      // rows of d per piece
-    int64_t      down_chunk;    // rows of n_embd per piece
+    bool         gate_own_act;                      // gate reads another activation format than up
+    int64_t      block;                             // most tokens per block
+    int64_t      up_chunk;                          // rows of d per piece
+    int64_t      down_chunk;                        // rows of n_embd per piece
     size_t       x_size, gate_x_size, hidden_size;  // bytes of one packed row
     size_t       thread_size;                       // bytes of scratch per thread
     size_t       at_tokens, at_pair_score, at_mean, at_x, at_gate_x, at_hidden, at_threads;  // offsets
@@ -45,6 +45,7 @@ struct union_lists {
     int32_t pad[15];
     // int32_t active[n_expert]     experts needed by any token, ascending
     // int32_t first[n_expert + 1]  first pair of active[i]
+    // int32_t cursor[n_expert]     while the pairs are listed
 };
 
 int64_t round_down(int64_t value, int64_t step) {
@@ -55,14 +56,15 @@ int64_t plan_down_chunk(const union_plan & p, int n_tasks) {
     const size_t  row_bytes = p.block * p.down.kernel->lanes * sizeof(float);
     const int64_t by_cache  = (int64_t) (ACC_LIMIT / row_bytes);
     const int64_t by_tasks  = p.op.n_embd / (2 * n_tasks);
-    return std::max<int64_t>(DOWN_CHUNK_STEP, round_down(std::min({ by_cache, by_tasks, MAX_DOWN_CHUNK }), DOWN_CHUNK_STEP));
+    return std::max<int64_t>(DOWN_CHUNK_STEP,
+                             round_down(std::min({ by_cache, by_tasks, MAX_DOWN_CHUNK }), DOWN_CHUNK_STEP));
 }
 
 size_t plan_thread_size(const union_plan & p) {
     const int64_t lanes = std::max(p.up.kernel->lanes, p.op.gate ? p.gate.kernel->lanes : 1);
     const size_t  up    = MAX_TILE * p.up_chunk * (lanes + 2) * sizeof(float);
     // the largest chunk for any number of threads, since fewer may come than were planned
-    const size_t  down = std::max(ACC_LIMIT, p.block * DOWN_CHUNK_STEP * p.down.kernel->lanes * sizeof(float));
+    const size_t  down  = std::max(ACC_LIMIT, p.block * DOWN_CHUNK_STEP * p.down.kernel->lanes * sizeof(float));
     return union_align(std::max(up, down));
 }
 
@@ -85,7 +87,7 @@ bool union_plan_get(const ggml_tensor * dst, int n_tasks, union_plan & p) {
     p.down_chunk = plan_down_chunk(p, n_tasks);
 
     const size_t pairs = (size_t) p.block * op.n_expert;
-    p.at_tokens        = union_align(sizeof(union_lists) + (2 * op.n_expert + 1) * sizeof(int32_t));
+    p.at_tokens        = union_align(sizeof(union_lists) + (3 * op.n_expert + 1) * sizeof(int32_t));
     p.at_pair_score    = p.at_tokens + union_align(pairs * sizeof(int32_t));
     p.at_mean          = p.at_pair_score + union_align(pairs * sizeof(float));
     p.at_x             = p.at_mean + union_align(p.block * sizeof(float));
@@ -107,23 +109,34 @@ struct union_run {
     int64_t                     n;   // tokens of the block
 
     int32_t & n_active() const { return ((union_lists *) work)->n_active; }
+
     int32_t * active() const { return (int32_t *) (work + sizeof(union_lists)); }
+
     int32_t * first() const { return active() + p.op.n_expert; }
+
+    int32_t * cursor() const { return first() + p.op.n_expert + 1; }
+
     int32_t * tokens() const { return (int32_t *) (work + p.at_tokens); }
-    float *   pair_score() const { return (float *) (work + p.at_pair_score); }
-    float *   mean() const { return (float *) (work + p.at_mean); }
-    char *    x(int64_t t) const { return work + p.at_x + t * p.x_size; }
-    char *    gate_x(int64_t t) const { return p.gate_own_act ? work + p.at_gate_x + t * p.gate_x_size : x(t); }
-    char *    hidden(int64_t pair) const { return work + p.at_hidden + pair * p.hidden_size; }
-    float *   scratch() const { return (float *) (work + p.at_threads + params->ith * p.thread_size); }
+
+    float * pair_score() const { return (float *) (work + p.at_pair_score); }
+
+    float * mean() const { return (float *) (work + p.at_mean); }
+
+    char * x(int64_t t) const { return work + p.at_x + t * p.x_size; }
+
+    char * gate_x(int64_t t) const { return p.gate_own_act ? work + p.at_gate_x + t * p.gate_x_size : x(t); }
+
+    char * hidden(int64_t pair) const { return work + p.at_hidden + pair * p.hidden_size; }
+
+    float * scratch() const { return (float *) (work + p.at_threads + params->ith * p.thread_size); }
 };
 
 // --- gather ---------------------------------------------------------------------------------------------------------
 
-// pairs ordered by expert, then by token
+// pairs ordered by expert, then by token; scores are read row by row
 void list_pairs(const union_run & run) {
     const int64_t n_expert = run.p.op.n_expert;
-    int32_t *     cursor   = run.active();  // counts, then the list of active experts
+    int32_t *     cursor   = run.cursor();  // pairs of every expert, then where its next pair goes
     memset(cursor, 0, n_expert * sizeof(int32_t));
     for (int64_t t = 0; t < run.n; t++) {
         const float * scores = union_row(run.p.op.scores, run.t0 + t);
@@ -131,25 +144,28 @@ void list_pairs(const union_run & run) {
             cursor[e] += scores[e] != 0.0f;
         }
     }
-    int32_t * first = run.first();
-    int32_t   pair = 0, n_active = 0;
+    int32_t pair = 0, n_active = 0;
     for (int64_t e = 0; e < n_expert; e++) {
-        if (cursor[e] == 0) {
-            continue;
+        const int32_t count = cursor[e];
+        cursor[e]           = pair;
+        if (count > 0) {
+            run.active()[n_active]  = (int32_t) e;
+            run.first()[n_active++] = pair;
         }
-        first[n_active] = pair;
-        for (int64_t t = 0; t < run.n; t++) {
-            const float score = union_row(run.p.op.scores, run.t0 + t)[e];
-            if (score != 0.0f) {
-                run.tokens()[pair]     = (int32_t) t;
-                run.pair_score()[pair] = score;
-                pair++;
+        pair += count;
+    }
+    run.first()[n_active] = pair;
+    run.n_active()        = n_active;
+    for (int64_t t = 0; t < run.n; t++) {
+        const float * scores = union_row(run.p.op.scores, run.t0 + t);
+        for (int64_t e = 0; e < n_expert; e++) {
+            if (scores[e] != 0.0f) {
+                const int32_t at     = cursor[e]++;
+                run.tokens()[at]     = (int32_t) t;
+                run.pair_score()[at] = scores[e];
             }
         }
-        run.active()[n_active++] = (int32_t) e;  // n_active <= e: only counts already read are overwritten
     }
-    first[n_active] = pair;
-    run.n_active()  = n_active;
 }
 
 float dot_in_order(const float * a, const float * b, int64_t n) {
@@ -209,22 +225,28 @@ void activate(const union_op & op, int64_t n_rows, float mean, float * a) {
 }
 
 // z[t][n_rows] = rows of one expert times n_act activation rows
-void multiply_rows(const union_weight & w, const char * rows, int64_t n_rows, const void * const * act, int64_t n_act,
-                   float * lanes, float * z, const char * next) {
-    const int64_t step = n_rows * w.kernel->lanes;
+void multiply_rows(const union_weight & w,
+                   const char *         rows,
+                   int64_t              n_rows,
+                   const void * const * act,
+                   int64_t              n_act,
+                   float *              lanes,
+                   float *              z,
+                   bool                 cold) {
+    const int64_t step          = n_rows * w.kernel->lanes;
     float *       acc[MAX_TILE] = {};
     for (int64_t t = 0; t < n_act; t++) {
         acc[t] = lanes + t * step;
     }
     memset(lanes, 0, n_act * step * sizeof(float));
-    w.kernel->dot(w, rows, n_rows, act, n_act, acc, next);
+    w.kernel->dot(w, rows, n_rows, act, n_act, acc, cold && w.kernel->ahead ? rows + w.kernel->ahead : nullptr);
     for (int64_t t = 0; t < n_act; t++) {
         w.kernel->reduce(n_rows, acc[t], z + t * n_rows);
     }
 }
 
 // rows [row, row + n_rows) of active expert i for pairs [pair, pair + n)
-void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int64_t pair, int64_t n, const char * next) {
+void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int64_t pair, int64_t n, bool cold) {
     const union_plan & p     = run.p;
     const int64_t      e     = run.active()[i];
     float *            lanes = run.scratch();
@@ -235,12 +257,14 @@ void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int6
     for (int64_t t = 0; t < n; t++) {
         x[t] = run.x(run.tokens()[pair + t]);
     }
-    multiply_rows(p.up, p.up.data + e * p.up.expert_size + row * p.up.row_size, n_rows, x, n, lanes, z, next);
+    const char * rows = p.up.data + e * p.up.expert_size + row * p.up.row_size;
+    multiply_rows(p.up, rows, n_rows, x, n, lanes, z, cold);
     if (p.op.gate) {
         for (int64_t t = 0; t < n; t++) {
             x[t] = run.gate_x(run.tokens()[pair + t]);
         }
-        multiply_rows(p.gate, p.gate.data + e * p.gate.expert_size + row * p.gate.row_size, n_rows, x, n, lanes, gate, nullptr);
+        rows = p.gate.data + e * p.gate.expert_size + row * p.gate.row_size;
+        multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, cold);
     }
     for (int64_t t = 0; t < n; t++) {
         float * u = z + t * n_rows;
@@ -276,9 +300,11 @@ int64_t up_phase(const union_run & run) {
         const int64_t row    = piece % chunks * p.up_chunk;
         const int64_t n_rows = std::min(p.up_chunk, p.op.d - row);
         const int64_t end    = run.first()[i + 1];
+        bool          cold   = true;  // the tiles after the first find the rows in the cache
         for (int64_t pair = run.first()[i]; pair < end;) {
             const int64_t n = tile_size(end - pair, tile);
-            up_tile(run, i, row, n_rows, pair, n, nullptr);
+            up_tile(run, i, row, n_rows, pair, n, cold);
+            cold = false;
             pair += n;
         }
     }
@@ -294,11 +320,11 @@ void down_piece(const union_run & run, int64_t row, int64_t n_rows) {
     memset(acc, 0, run.n * step * sizeof(float));
 
     for (int64_t i = 0; i < run.n_active(); i++) {
-        const char * rows = p.down.data + run.active()[i] * p.down.expert_size + row * p.down.row_size;
-        const char * next = i + 1 < run.n_active() ?
-                                p.down.data + run.active()[i + 1] * p.down.expert_size + row * p.down.row_size :
-                                nullptr;
-        const int64_t end = run.first()[i + 1];
+        const char *  rows = p.down.data + run.active()[i] * p.down.expert_size + row * p.down.row_size;
+        const char *  next = i + 1 < run.n_active() ?
+                                 p.down.data + run.active()[i + 1] * p.down.expert_size + row * p.down.row_size :
+                                 nullptr;
+        const int64_t end  = run.first()[i + 1];
         for (int64_t pair = run.first()[i]; pair < end;) {
             const int64_t n = tile_size(end - pair, p.down.kernel->tile);
             const void *  act[MAX_TILE];
@@ -319,9 +345,9 @@ void down_piece(const union_run & run, int64_t row, int64_t n_rows) {
 }
 
 void down_phase(const union_run & run, int64_t n_up_pieces) {
-    const union_plan & p = run.p;
+    const union_plan & p    = run.p;
     // every thread took one number too many in the up phase
-    const int64_t base = n_up_pieces + run.params->nth;
+    const int64_t      base = n_up_pieces + run.params->nth;
 
     int64_t piece;
     while ((piece = ggml_threadpool_chunk_add(run.params->threadpool, 1) - base) * p.down_chunk < p.op.n_embd) {
