@@ -71,15 +71,13 @@ class EagleDrafter(Drafter):
     def _open(self, llm: Any) -> None:
         levels = self.shape.iterations - 1  # evaluated beyond the first
         n_seq = max(1, levels * self.shape.top_k) if self.can_tree else 1
-        flash = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
         if self._context is not None:
             self._context.close()
-        self._context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq, flash_attn_type=flash)
+        self._context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq)
         capacity, n_embd = int(self._context.params.n_batch), self._model.n_embd()
         self._head = Target(
             self._context.ctx, self._model.n_vocab(), n_embd, capacity, n_seq, hidden=True, n_embd_input=n_embd
         )
-        self._llm_ctx = llm.ctx
         self._limit = llm.n_ctx()
         self.reset()
 
