@@ -239,8 +239,7 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router_d
     if (bf.router_scale != 1.0f) {
         scores = ggml_scale(ctx0, scores, bf.router_scale);
     }
-    // with the norm `normal` an inactive expert has a score too: every expert counts
-    return { scores, bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL ? scores : active };
+    return { scores, active };
 }
 
 // All experts through stock ops. Dense layout: two matrix products. Expert layout: mul_mat_id with every expert, which
