@@ -222,8 +222,6 @@ def _compare_router(
     result = np.full(wanted.shape, EQUAL, np.int8)
     if wanted.size == 0 or moe is None:
         return result
-    if moe.router_norm == gguf_contract.ROUTER_NORM_NORMAL:
-        wanted = np.ones_like(wanted)  # subtracting the mean gives every expert a score
     differ = llm.active_experts(text) != wanted
     decided = _margins(reference, expected.router_logits.numpy()) >= ROUTER_TIE
     result[differ] = TIE
