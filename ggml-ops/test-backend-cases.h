@@ -44,7 +44,10 @@ struct test_union_ffn : public test_case {
 
     std::string vars() override { return VARS_TO_STR8(type, n_embd, d, n_expert, n_tokens, act, gated, active); }
 
-    double max_nmse_err() override { return ggml_is_quantized(type) ? 5e-4 : 1e-6; }
+    // vec_dot, which the CPU without a kernel for the type uses, rounds activations to F16 and BF16 as well
+    double max_nmse_err() override {
+        return ggml_is_quantized(type) ? 5e-4 : type == GGML_TYPE_BF16 ? 1e-4 : type == GGML_TYPE_F16 ? 1e-5 : 1e-6;
+    }
 
     uint64_t op_flops(ggml_tensor * t) override {
         GGML_UNUSED(t);
