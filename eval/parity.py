@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from blockffn import gguf_contract
 from blockffn.errors import BlockffnError
 from blockffn.eval import metrics
 from blockffn.gguf_file import read_gguf
