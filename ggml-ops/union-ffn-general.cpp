@@ -24,7 +24,9 @@ void general_act_pack(const union_weight & w,
                       const float * x,
                       float         factor,
                       void *        act) {
-    *(float *) act = factor;
+    if (first == 0) {  // the other pieces of the row have the same factor
+        *(float *) act = factor;
+    }
     w.from_float(x, (char *) act + ACT_HEAD + ggml_row_size(w.act_type, first), n);
 }
 
