@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def plot(rows: list[Row], target: Path, title: str) -> None:
     axes[0][0].legend(fontsize=8)
     axes[-1][0].set_xlabel("tokens at once")
     axes[-1][0].set_ylabel("ms per layer")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 14 * int(size[0])), fontsize=8)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 
