@@ -9,6 +9,7 @@ import argparse
 import re
 import signal
 import sys
+from typing import NoReturn
 
 from blockffn.convert.plan import OUTTYPES
 from blockffn.errors import BlockffnError
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         metavar="TARGET",
         help="SRC is an EAGLE draft head: the checkpoint or GGUF of the model it drafts for",
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        metavar="FILE",
+        help="with --target: the head scores only the token ids in FILE (FR-Spec), the most frequent ones",
     )
     parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="type of the matrices (auto: as stored)")
     parser.add_argument(
@@ -56,9 +62,15 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None:
         from blockffn.convert.eagle import convert_head
 
-        for line in convert_head(
-            args.src, args.target, args.outfile, outtype=args.outtype, dry_run=args.dry_run
-        ).lines():
+        report = convert_head(
+            args.src,
+            args.target,
+            args.outfile,
+            outtype=args.outtype,
+            dry_run=args.dry_run,
+            draft_tokens=args.draft_tokens,
+        )
+        for line in report.lines():
             print(line)
         return 0
     from blockffn.convert.convert import convert_checkpoint
@@ -87,10 +99,21 @@ def _check_combinations(args: argparse.Namespace) -> None:
     """Wrong combinations of options are wrong usage (exit code 2), as argparse's own errors are."""
     for other in ("dry_run", "vocab_only"):
         if args.verify and getattr(args, other):
-            print(
-                f"error: --verify needs a whole file; it does not go with --{other.replace('_', '-')}", file=sys.stderr
-            )
-            raise SystemExit(2)
+            _usage(f"--verify needs a whole file; it does not go with --{other.replace('_', '-')}")
+    if args.target is None:
+        if args.draft_tokens is not None:
+            _usage("--draft-tokens cuts the output matrix of a draft head; it needs --target")
+        return
+    for other in ("verify", "vocab_only", "split_max_size", "metadata"):
+        if getattr(args, other):
+            _usage(f"--{other.replace('_', '-')} is not for draft heads; it does not go with --target")
+    if args.layout != "expert":
+        _usage("--layout is about experts, which a draft head lacks; it does not go with --target")
+
+
+def _usage(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _verify(gguf: str, src: str) -> int:

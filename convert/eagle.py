@@ -3,13 +3,12 @@
     report = convert_head("BlockFFN-3B-SFT-EAGLE", "BlockFFN-3B-SFT", "head.gguf", outtype="f16")
 
 The published head has no embedding, no output matrix, no tokenizer and no scales of its own: they are taken from the
-target, a checkpoint folder, a hub id, or a converted GGUF file. `draft_tokens` names a file with the most frequent
-token ids (FR-Spec, arXiv 2502.14856): the head then scores only those.
+target, a checkpoint folder, a hub id, or a converted GGUF file. With `draft_tokens` the head scores only the tokens of
+a list (see draft_tokens.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from blockffn import gguf_contract as names
 from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.config import read_config
+from blockffn.convert.draft_tokens import read_draft_tokens
 from blockffn.convert.metadata import FILE_TYPES, model_metadata
 from blockffn.convert.plan import OUTTYPES, TYPES, PlannedTensor, choose_outtype, plan_tensors
 from blockffn.convert.report import ConvertReport
@@ -86,7 +86,7 @@ def convert_head(
     head = open_checkpoint(str(src))
     shared = read_target(str(target))
     shape = _read_shape(head, shared.keys[names.EMBEDDING_LENGTH])
-    ids = _read_draft_tokens(Path(draft_tokens), shared.keys[names.VOCAB_SIZE]) if draft_tokens else None
+    ids = read_draft_tokens(Path(draft_tokens), shared.keys[names.VOCAB_SIZE]) if draft_tokens else None
     kind = choose_outtype(outtype, head)
     plan = [*_head_tensors(head, shape, shared.keys[names.EMBEDDING_LENGTH], kind), *_shared_tensors(shared, ids, kind)]
     values = _metadata(shape, shared, ids, kind)
@@ -262,17 +262,3 @@ def _metadata(shape: HeadShape, shared: Shared, ids: list[int] | None, kind: str
         "general.file_type": int(FILE_TYPES[kind]),
         "general.quantization_version": GGML_QUANT_VERSION,
     } | keys
-
-
-def _read_draft_tokens(path: Path, n_vocab: int) -> list[int]:
-    """Read token ids: a JSON list, or numbers separated by white space, the most frequent first."""
-    try:
-        text = path.read_text()
-        ids = json.loads(text) if text.lstrip().startswith("[") else [int(word) for word in text.split()]
-    except (OSError, ValueError) as error:
-        raise BlockffnError(f"{path}: expected a list of token ids: {error}") from error
-    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < n_vocab]
-    if wrong or not ids or len(set(ids)) < len(ids):
-        found = f"found {wrong[0]!r}" if wrong else f"found {len(ids)} numbers, {len(set(ids))} of them different"
-        raise BlockffnError(f"{path}: expected different token ids from 0 to {n_vocab - 1}, {found}")
-    return ids

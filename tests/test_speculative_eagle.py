@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from safetensors.torch import save_file
+from tiny_head import N_EMBD, write_head
 
 import blockffn
+from blockffn.cli import main
 from blockffn.convert.eagle import convert_head
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Context, TreeShape
@@ -23,41 +24,7 @@ from blockffn.speculative.tree import TreeGrower, log_softmax
 from blockffn.training.eagle import EagleReference
 from blockffn.training.reference import ReferenceModel
 
-N_EMBD, N_VOCAB = 64, 512
-SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-
-
-def write_head(folder: Path, seed: int = 5, n_layer: int = 2, gain: float = 1.0, **config: Any) -> Path:
-    """Write a random head in the published layout."""
-    random = torch.Generator().manual_seed(seed)
-
-    def matrix(*shape: int) -> torch.Tensor:
-        return gain * torch.randn(shape, generator=random) / shape[-1] ** 0.5
-
-    tensors = {
-        "fc.weight": matrix(N_EMBD, 2 * N_EMBD),
-        "fc.bias": 0.1 * torch.randn(N_EMBD, generator=random),
-        "input_norm1.weight": 1 + 0.1 * torch.randn(N_EMBD, generator=random),
-        "input_norm2.weight": 1 + 0.1 * torch.randn(N_EMBD, generator=random),
-    }
-    for layer in range(n_layer):
-        sizes = {
-            "self_attn.q_proj": (64, N_EMBD),
-            "self_attn.k_proj": (32, N_EMBD),
-            "self_attn.v_proj": (32, N_EMBD),
-            "self_attn.o_proj": (N_EMBD, 64),
-            "mlp.gate_proj": (48, N_EMBD),
-            "mlp.up_proj": (48, N_EMBD),
-            "mlp.down_proj": (N_EMBD, 48),
-        }
-        tensors |= {f"layers.{layer}.{name}.weight": matrix(*size) for name, size in sizes.items()}
-        norms = ("post_attention_layernorm", "input_layernorm") if layer else ("post_attention_layernorm",)
-        for name in norms:
-            tensors[f"layers.{layer}.{name}.weight"] = 1 + 0.1 * torch.randn(N_EMBD, generator=random)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": n_layer} | config))
-    return folder
+N_VOCAB = 512
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +179,16 @@ def test_long_prompts_reach_the_head_in_pieces(llm: Any, place: Path) -> None:
     llm.set_up_speculation(None, True)
 
 
-def test_cut_vocabulary(llm: Any, place: Path, text: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["json", "txt", "pt"])
+def test_cut_vocabulary(llm: Any, place: Path, text: np.ndarray, tmp_path: Path, form: str) -> None:
     ids = np.random.default_rng(1).permutation(N_VOCAB)[:100].tolist()
-    (tmp_path / "frequent.json").write_text(json.dumps(ids))
-    convert_head(
-        place / "head", place / "target", tmp_path / "cut.gguf", outtype="f32", draft_tokens=tmp_path / "frequent.json"
-    )
+    listed = tmp_path / f"frequent.{form}"
+    if form == "pt":
+        torch.save(ids, listed)
+    else:
+        listed.write_text(json.dumps(ids) if form == "json" else "\n".join(map(str, ids)))
+    command = ["convert", place / "head", "--target", place / "target.gguf", "--outtype", "f32"]
+    assert main([*map(str, [*command, "--outfile", tmp_path / "cut.gguf", "--draft-tokens", listed])]) == 0
     whole, hidden = fed(place, llm, text)
     cut = blockffn.EagleDrafter(tmp_path / "cut.gguf", llm)
     expected = whole.draft_logits(hidden, text.tolist())
@@ -229,6 +200,59 @@ def test_cut_vocabulary(llm: Any, place: Path, text: np.ndarray, tmp_path: Path)
     assert set(cut.propose(Context(text, tree=True), 31).tokens.tolist()) <= set(ids)
     for drafter in (whole, cut):
         drafter.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "No such file"),
+        ("empty.txt", "", "found none"),
+        ("twice.txt", "1 2 2", "found 2 twice"),
+        ("large.json", f"[1, {N_VOCAB}]", f"from 0 to {N_VOCAB - 1}, found {N_VOCAB}: a list for another vocabulary"),
+        ("text.json", '["the", "a"]', "found 'the'"),
+        ("fraction.json", "[1.0, 2.0]", "found 1.0"),
+        ("true.json", "[1, true]", "found True"),
+        ("object.json", '{"1": 2}', "found a JSON dict"),
+        ("broken.json", "[1, 2", "expected a list of different token ids"),
+        ("words.txt", "the a of", "invalid literal"),
+        ("binary.txt", b"\xff\xfe\x00", "can't decode"),
+        ("broken.pt", b"no torch file", "expected a list of different token ids"),
+    ],
+)
+def test_bad_token_lists_are_refused(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str | bytes | None,
+    message: str,
+) -> None:
+    listed = tmp_path / name
+    if content is not None:
+        listed.write_bytes(content if isinstance(content, bytes) else content.encode())
+    command = ["convert", place / "head", "--target", place / "target.gguf", "--outfile", tmp_path / "out.gguf"]
+    assert main([*map(str, [*command, "--draft-tokens", listed])]) == 1
+    printed = capsys.readouterr().err
+    assert name in printed and message in printed and printed.count("\n") == 1
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--draft-tokens", "list.json"],
+        ["--target", "t.gguf", "--verify"],
+        ["--target", "t.gguf", "--vocab-only"],
+        ["--target", "t.gguf", "--split-max-size", "1G"],
+        ["--target", "t.gguf", "--metadata", "m.json"],
+        ["--target", "t.gguf", "--layout", "dense"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_go_together(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "head", "--outfile", "out.gguf", *options])
+    assert ended.value.code == 2 and "--target" in capsys.readouterr().err
 
 
 def test_target_as_gguf_or_checkpoint_gives_the_same_file(place: Path, tmp_path: Path) -> None:
@@ -265,9 +289,6 @@ def test_wrong_files_are_refused(llm: Any, place: Path, tmp_path: Path, stock_mo
     other = blockffn.Llama(stock_model, n_ctx=64, n_threads=1)
     with pytest.raises(BlockffnError, match="vocabulary differs"):
         blockffn.EagleDrafter(place / "head.gguf", other)
-    (tmp_path / "tokens.txt").write_text("1 2 2")
-    with pytest.raises(BlockffnError, match="expected different token ids"):
-        convert_head(place / "head", place / "target", tmp_path / "x.gguf", draft_tokens=tmp_path / "tokens.txt")
     with pytest.raises(BlockffnError, match="not a head of this target"):
         write_checkpoint(tmp_path / "wide", n_embd=128, n_head=2, n_layer=2, attention="gqa")
         convert_head(place / "head", tmp_path / "wide", tmp_path / "x.gguf")
