@@ -127,7 +127,7 @@ def test_scripted_tree_holds_the_true_path() -> None:
             break
         node = step[0]
         path.append(node)
-    assert len(path) >= 3
+    assert len(path) >= 2  # 15 nodes hold two full levels
 
 
 def test_combination_takes_the_first_that_has_something() -> None:
