@@ -2,187 +2,13 @@
 //     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...] [--reps 9]
 // Stock candidates are the dense FFN (layout [h, E*d] and [E*d, h]) and mul_mat_id with as many experts per token as ours
 // has, each in every buffer type that takes it; all candidates run in turn, medians count. Times are per layer.
-#include "test-ops.h"
+// Shapes whose models normalize inside the experts (DECO) time ours a second time with NormSiLU: norm_silu_ms, and the
+// median over the rounds of its ratio to ours with SiLU, as the other candidates have it.
+#include "bench-ops.h"
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
-#include <map>
-#include <numeric>
 #include <sstream>
-#include <thread>
 
 namespace {
-
-double now_ms() {
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double median(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
-}
-
-// half the distance between the quartiles, relative to the median
-double spread(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    return (v[v.size() * 3 / 4] - v[v.size() / 4]) / 2.0 / v[v.size() / 2];
-}
-
-struct ffn_shape {
-    const char * name;
-    int64_t      h, n_expert, d;
-};
-
-const ffn_shape SHAPES[] = {
-    { "1.2B",      1792, 56,  128 },
-    { "3B",        2048, 64,  128 },
-    { "DECO-1.2B", 1792, 102, 64  },
-};
-
-constexpr double                ACTIVE_SHARE = 0.2;
-// share of the experts that n tokens need together, as measured on real models
-const std::map<int64_t, double> UNION_SHARE  = {
-    { 1,   0.2   },
-    { 2,   0.225 },
-    { 4,   0.26  },
-    { 8,   0.3   },
-    { 16,  0.36  },
-    { 32,  0.43  },
-    { 128, 0.65  },
-    { 512, 0.85  },
-};
-
-constexpr size_t  CACHE_BYTES = 512 << 20;  // weights of all layers together exceed every cache
-constexpr int64_t MIN_LAYERS  = 16;
-constexpr int64_t MAX_SMALL_N = 16;         // above, time goes into arithmetic and MIN_LAYERS do
-
-// --- bandwidth --------------------------------------------------------------------------------------------------------
-
-// gigabytes per second of plain reads by all threads together
-double read_bandwidth(const std::vector<uint64_t> & data, int n_threads) {
-    std::atomic<uint64_t>    sink(0);
-    std::vector<std::thread> threads;
-    const double             start = now_ms();
-    for (int i = 0; i < n_threads; i++) {
-        threads.emplace_back([&, i] {
-            const size_t begin  = data.size() * i / n_threads / 8 * 8;
-            const size_t end    = data.size() * (i + 1) / n_threads / 8 * 8;
-            uint64_t     sum[8] = {};
-            for (size_t j = begin; j < end; j += 8) {
-                for (int k = 0; k < 8; k++) {
-                    sum[k] += data[j + k];
-                }
-            }
-            sink += std::accumulate(sum, sum + 8, (uint64_t) 0);
-        });
-    }
-    for (std::thread & t : threads) {
-        t.join();
-    }
-    return (double) data.size() * sizeof(uint64_t) / 1e6 / (now_ms() - start);
-}
-
-// --- weights ----------------------------------------------------------------------------------------------------------
-
-// the same few random rows over and over: the kernels do not look at values
-placed_weight fill_weight(ggml_backend_buffer_type_t buft, ggml_type type, std::vector<int64_t> ne) {
-    placed_weight w;
-    w.ctx    = make_ctx(2);
-    w.tensor = ggml_new_tensor(w.ctx.get(), type, (int) ne.size(), ne.data());
-    std::mt19937             rng(1);
-    const int64_t            n_rows = 16;
-    const size_t             row    = ggml_row_size(type, ne[0]);
-    const std::vector<float> values = random_values(n_rows * ne[0], rng, 0.05f);
-    std::vector<uint8_t>     some(row * n_rows), all(ggml_nbytes(w.tensor));
-    ggml_quantize_chunk(type, values.data(), some.data(), 0, n_rows, ne[0], nullptr);
-    for (size_t at = 0; at < all.size(); at += some.size()) {
-        memcpy(&all[at], some.data(), std::min(some.size(), all.size() - at));
-    }
-    w.buffer = ggml_backend_alloc_ctx_tensors_from_buft(w.ctx.get(), buft);
-    ggml_backend_buffer_set_usage(w.buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    ggml_backend_tensor_set(w.tensor, all.data(), 0, all.size());
-    return w;
-}
-
-bool buffer_takes(ggml_backend_buffer_type_t buft, ggml_type type, bool dense, const ffn_shape & s) {
-    ctx_ptr       ctx  = make_ctx(8);
-    const int64_t rows = dense ? s.n_expert * s.d : s.d;
-    ggml_tensor * w    = dense ? ggml_new_tensor_2d(ctx.get(), type, s.h, rows) :
-                                 ggml_new_tensor_3d(ctx.get(), type, s.h, rows, s.n_expert);
-    ggml_tensor * x    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, s.h, 1, 4);
-    ggml_tensor * ids  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 4);
-    ggml_tensor * op   = dense ? ggml_mul_mat(ctx.get(), w, ggml_reshape_2d(ctx.get(), x, s.h, 4)) :
-                                 ggml_mul_mat_id(ctx.get(), w, x, ids);
-    w->buffer          = ggml_backend_buft_alloc_buffer(buft, 0);
-    const bool ok      = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
-    ggml_backend_buffer_free(w->buffer);
-    return ok;
-}
-
-struct ffn_layer {
-    placed_weight up, down;
-};
-
-// one layout in one buffer type
-struct ffn_weights {
-    std::string            buffer;
-    bool                   dense;
-    std::vector<ffn_layer> layers;
-};
-
-ffn_weights make_weights(ggml_backend_buffer_type_t buft,
-                         ggml_type                  type,
-                         bool                       dense,
-                         const ffn_shape &          s,
-                         int64_t                    n_layers) {
-    ffn_weights   w{ ggml_backend_buft_name(buft), dense, {} };
-    const int64_t width = s.n_expert * s.d;
-    for (int64_t l = 0; l < n_layers; l++) {
-        ffn_layer layer;
-        layer.up = fill_weight(
-            buft, type, dense ? std::vector<int64_t>{ s.h, width } : std::vector<int64_t>{ s.h, s.d, s.n_expert });
-        layer.down = fill_weight(
-            buft, type, dense ? std::vector<int64_t>{ width, s.h } : std::vector<int64_t>{ s.d, s.h, s.n_expert });
-        w.layers.push_back(std::move(layer));
-    }
-    return w;
-}
-
-// --- routing ----------------------------------------------------------------------------------------------------------
-
-// per layer: `used` experts per token, drawn from a pool of the wanted union size
-struct routing {
-    int64_t                           used;
-    double                            union_share;  // as it came out
-    std::vector<std::vector<int32_t>> ids;          // [layer][n * used]
-};
-
-routing make_routing(const ffn_shape & s, int64_t n, int64_t n_layers) {
-    routing      r;
-    std::mt19937 rng((unsigned) n);
-    r.used             = std::max<int64_t>(1, std::lround(s.n_expert * ACTIVE_SHARE));
-    const int64_t pool = std::max(r.used, (int64_t) std::lround(s.n_expert * UNION_SHARE.at(n)));
-    double        sum  = 0.0;
-    for (int64_t l = 0; l < n_layers; l++) {
-        std::vector<int32_t> experts(s.n_expert), ids;
-        std::iota(experts.begin(), experts.end(), 0);
-        std::shuffle(experts.begin(), experts.end(), rng);
-        std::vector<bool> seen(s.n_expert);
-        for (int64_t t = 0; t < n; t++) {
-            std::shuffle(experts.begin(), experts.begin() + pool, rng);
-            for (int64_t i = 0; i < r.used; i++) {
-                ids.push_back(experts[i]);
-                seen[experts[i]] = true;
-            }
-        }
-        sum += (double) std::count(seen.begin(), seen.end(), true) / s.n_expert;
-        r.ids.push_back(std::move(ids));
-    }
-    r.union_share = sum / n_layers;
-    return r;
-}
 
 // --- candidates -------------------------------------------------------------------------------------------------------
 
@@ -222,7 +48,7 @@ ggml_tensor * build_mul_mat_id(ggml_context *    ctx,
     return y;
 }
 
-enum class kind { dense, mul_mat_id, ours };
+enum class kind { dense, mul_mat_id, ours, ours_norm_silu };
 
 struct gallocr_deleter {
     void operator()(ggml_gallocr_t a) const { ggml_gallocr_free(a); }
@@ -236,6 +62,26 @@ struct candidate {
     std::unique_ptr<ggml_gallocr, gallocr_deleter> memory;
     std::vector<double>                            ms;  // per layer
 };
+
+// ours; NormSiLU has two vectors more per layer, the mean row and the weight of the norm
+ggml_tensor * build_ours(ggml_context *               ctx,
+                         const ffn_layer &            w,
+                         const ffn_shape &            s,
+                         ggml_tensor *                x,
+                         ggml_tensor *                scores,
+                         bool                         norm_silu,
+                         std::vector<ggml_tensor *> & vectors) {
+    ggml_tensor * mean = nullptr;
+    ggml_tensor * norm = nullptr;
+    if (norm_silu) {
+        mean = input(ctx, GGML_TYPE_F32, s.h, 1, 1);
+        norm = input(ctx, GGML_TYPE_F32, s.d, 1, 1);
+        vectors.push_back(mean);
+        vectors.push_back(norm);
+    }
+    return ggml_union_ffn(ctx, x, w.up.tensor, nullptr, w.down.tensor, scores, mean, norm,
+                          norm_silu ? GGML_UNION_ACT_NORM_SILU : GGML_UNION_ACT_SILU, norm_silu ? 1e-5f : 0.0f);
+}
 
 void set_inputs(const candidate &                  c,
                 const std::vector<ggml_tensor *> & scores,
@@ -273,7 +119,7 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
     ggml_tensor *  x       = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_F32, s.h, n, 1), s.h, n);
     ggml_tensor *  factors = what == kind::mul_mat_id ? input(ctx, GGML_TYPE_F32, 1, r.used, n) : nullptr;
     c.graph                = ggml_new_graph_custom(ctx, 8192, false);
-    std::vector<ggml_tensor *> scores, ids;
+    std::vector<ggml_tensor *> scores, ids, vectors;
     for (size_t l = 0; l < r.ids.size(); l++) {
         ggml_tensor * choice = nullptr;
         ggml_tensor * y      = nullptr;
@@ -283,8 +129,7 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
         } else {
             choice = ggml_reshape_2d(ctx, input(ctx, GGML_TYPE_F32, s.n_expert, n, 1), s.n_expert, n);
             y      = what == kind::dense ? build_dense(ctx, w.layers[l], s, x, choice) :
-                                           ggml_union_ffn(ctx, x, w.layers[l].up.tensor, nullptr, w.layers[l].down.tensor,
-                                                          choice, nullptr, nullptr, GGML_UNION_ACT_SILU, 0.0f);
+                                           build_ours(ctx, w.layers[l], s, x, choice, what == kind::ours_norm_silu, vectors);
         }
         ggml_set_output(y);
         scores.push_back(choice);
@@ -294,6 +139,10 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
     c.memory.reset(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
     ggml_gallocr_alloc_graph(c.memory.get(), c.graph);
     set_inputs(c, scores, ids, x, factors, s, r);
+    for (ggml_tensor * v : vectors) {
+        const std::vector<float> ones(ggml_nelements(v), 1.0f);
+        ggml_backend_tensor_set(v, ones.data(), 0, ggml_nbytes(v));
+    }
     return c;
 }
 
@@ -312,6 +161,11 @@ void drop_slow(std::vector<candidate> & all, kind what) {
               all.end());
 }
 
+double median_ratio(std::vector<double> a, const std::vector<double> & b) {
+    std::transform(a.begin(), a.end(), b.begin(), a.begin(), [](double x, double y) { return x / y; });
+    return median(a);
+}
+
 // --- one table cell -----------------------------------------------------------------------------------------------------
 
 struct bench_args {
@@ -323,6 +177,7 @@ struct bench_args {
 struct bench_row {
     int64_t     n;
     double      union_share, ours_ms, ours_min_ms, ours_spread, dense_ms = 1e30, id_ms = 1e30;
+    double      norm_silu_ms = 0.0, norm_silu_ratio = 0.0;  // where the shape has it
     std::string dense_buffer, id_buffer, ours_buffer;
 };
 
@@ -341,6 +196,9 @@ bench_row bench_tokens(ggml_backend_t                   backend,
         all.push_back(make_candidate(w.dense ? kind::dense : kind::mul_mat_id, w, s, n, r));
         if (!w.dense && &w == &weights.back()) {  // the loader's choice: the last buffer type that takes the experts
             all.push_back(make_candidate(kind::ours, w, s, n, r));
+            if (s.norm_silu) {
+                all.push_back(make_candidate(kind::ours_norm_silu, w, s, n, r));
+            }
         }
     }
     for (int rep = 0; rep < args.reps + 1; rep++) {
@@ -363,11 +221,16 @@ bench_row bench_tokens(ggml_backend_t                   backend,
         }
     }
     bench_row row;
-    row.n           = n;
-    row.union_share = r.union_share;
+    row.n                  = n;
+    row.union_share        = r.union_share;
+    const candidate * silu = nullptr;
     for (const candidate & c : all) {
         const double ms = median(c.ms);
-        if (c.what == kind::ours) {
+        if (c.what == kind::ours_norm_silu) {
+            row.norm_silu_ms    = ms;
+            row.norm_silu_ratio = median_ratio(c.ms, silu->ms);
+        } else if (c.what == kind::ours) {
+            silu            = &c;
             row.ours_ms     = ms;
             row.ours_min_ms = *std::min_element(c.ms.begin(), c.ms.end());
             row.ours_spread = spread(c.ms);
@@ -402,10 +265,14 @@ void print_rows(const std::vector<bench_row> & rows,
             "%.4f, "
             "\"ours_buffer\": \"%s\", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, "
             "\"mul_mat_id_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
-            "\"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f}\n",
+            "\"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f",
             s.name, ggml_type_name(type), (int) r.n, args.n_threads, r.ours_ms, r.ours_min_ms, r.ours_buffer.c_str(),
             r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str(), r.ours_spread, r.union_share, active, gbs,
             limit / r.ours_ms);
+        if (s.norm_silu) {
+            printf(", \"norm_silu_ms\": %.4f, \"norm_silu_ratio\": %.4f", r.norm_silu_ms, r.norm_silu_ratio);
+        }
+        printf("}\n");
     }
     fflush(stdout);
 }
