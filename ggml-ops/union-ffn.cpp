@@ -168,12 +168,19 @@ void list_pairs(const union_run & run) {
     }
 }
 
-float dot_in_order(const float * a, const float * b, int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        sum += (double) a[i] * b[i];
+// sum of a[i] * b[i] in an order that depends on n alone: eight partial sums, since a single one waits for itself
+double dot_in_order(const float * a, const float * b, int64_t n) {
+    double  part[8] = {};
+    int64_t i       = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int k = 0; k < 8; k++) {
+            part[k] += (double) a[i + k] * b[i + k];
+        }
     }
-    return (float) sum;
+    for (; i < n; i++) {
+        part[i % 8] += (double) a[i] * b[i];
+    }
+    return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
 void gather(const union_run & run) {
@@ -188,7 +195,7 @@ void gather(const union_run & run) {
         if (p.gate_own_act) {
             p.gate.kernel->act_pack(p.gate, p.op.n_embd, 0, p.op.n_embd, x, 1.0f, run.gate_x(t));
         }
-        run.mean()[t] = p.op.act_mean ? dot_in_order(p.op.act_mean, x, p.op.n_embd) : 0.0f;
+        run.mean()[t] = p.op.act_mean ? (float) dot_in_order(p.op.act_mean, x, p.op.n_embd) : 0.0f;
     }
 }
 
@@ -202,13 +209,10 @@ void activate(const union_op & op, int64_t n_rows, float mean, float * a) {
         }
     }
     if (union_act_has_norm(op.act)) {
-        double squares = 0.0;
+        const float   rms  = (float) (1.0 / std::sqrt(dot_in_order(a, a, n_rows) / n_rows + op.eps));
+        const float * norm = op.act_norm;
         for (int64_t r = 0; r < n_rows; r++) {
-            squares += (double) a[r] * a[r];
-        }
-        const float rms = (float) (1.0 / std::sqrt(squares / n_rows + op.eps));
-        for (int64_t r = 0; r < n_rows; r++) {
-            a[r] *= rms * (op.act_norm ? op.act_norm[r] : 1.0f);
+            a[r] *= norm ? rms * norm[r] : rms;
         }
     }
     switch (op.act) {
