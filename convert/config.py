@@ -22,7 +22,7 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     name = _architecture(config)
     if "dim_model" in config:
         return config_blockffn.read_bmtrain(checkpoint)
-    if name == "BlockFFNForCausalLM" or config.get("model_type") == "blockffn":
+    if name == "BlockFFNForCausalLM" or (name is None and config.get("model_type") == "blockffn"):
         return config_deco.read(checkpoint)
     if {"fc.weight", "input_norm1.weight"} <= set(checkpoint.tensors):
         raise BlockffnError(

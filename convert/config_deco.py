@@ -10,6 +10,7 @@ is believed, and a note says so; what shapes cannot decide is an error.
 from __future__ import annotations
 
 import ast
+import difflib
 from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
@@ -38,6 +39,20 @@ UNUSED = (  # read by other routers of the training framework, or asserted only
     "moe_router_score_function", "moe_router_topk_scaling_factor", "router_target_act_ratio", "moe_aux_loss_coeff",
     "moe_use_target_for_loss_free", "moe_expert_bias_update_method", "mup_denominator",
 )  # fmt: skip
+# Keys of the training framework and of Hugging Face that would change the numbers; the values that change nothing.
+NOT_DECO: dict[str, tuple[Any, ...]] = {
+    "layernorm_zero_centered_gamma": (False,), "apply_residual_connection_post_layernorm": (False,),
+    "rotary_interleaved": (False,), "position_embedding_type": ("rope",), "use_rope_scaling": (False,),
+    "rotary_seq_len_interpolation_factor": (1, 1.0), "rotary_percent": (1, 1.0), "partial_rotary_factor": (1, 1.0),
+    "multi_latent_attention": (False,), "sliding_window": (), "window_size": (), "softmax_scale": (),
+    "attention_bias": (False,), "mlp_bias": (False,), "add_bias_linear": (False,), "add_qkv_bias": (False,),
+    "qk_layernorm": (False,), "attention_output_gate": (False,), "attn_logit_softcapping": (),
+    "final_logit_softcapping": (), "normalization": ("RMSNorm",), "moe_apply_probs_on_input": (False,),
+    "moe_shared_expert_gate": (False,),
+    "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0), "attention_multiplier": (),
+    "logits_scaling": (1, 1.0),
+}  # fmt: skip
+ROUTING = ("router_", "expert_", "moe_")  # how keys begin whose meaning should be known
 MUP = ("scale_emb", "scale_depth", "dim_model_base")  # of the base model; mean nothing unless use_mup is true
 KNOWN = (
     "vocab_size", "hidden_size", "num_layers", "num_hidden_layers", "num_attention_heads", "num_query_groups",
@@ -67,7 +82,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
     kv_rows = _rows(checkpoint, "model.layers.0.self_attn.k_proj.weight")
     n_ctx = fields.integer("max_position_embeddings")
     scaling, factor = read_rope(fields, n_ctx)
-    eps = _epsilon(fields)
+    eps = _agreed(fields, "norm_epsilon", "rms_norm_eps")
     is_moe = _moe_layers(checkpoint, fields, n_layer)
     bos, eos, pad = read_token_ids(fields)
     config = ModelConfig(
@@ -81,7 +96,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
         head_dim=head_dim,
         n_ctx_train=n_ctx,
         rms_eps=eps,
-        rope_base=fields.number("rope_theta", 10000.0),
+        rope_base=_agreed(fields, "rotary_base", "rope_theta", 10000.0),
         rope_scaling=scaling,
         rope_factor=factor,
         embedding_scale=1.0,
@@ -98,6 +113,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
     )
     if heads % config.n_head_kv:
         fields.wrong("num_query_groups", f"a divisor of num_attention_heads = {heads}")
+    _warn_of_unknown_routing(fields)
     fields.check_unknown((*HARMLESS, *UNUSED, *MUP, *KNOWN), OPTIONAL)
     return config
 
@@ -153,10 +169,23 @@ def _refuse_other_meanings(fields: Fields) -> None:
         fields.note(f"not believed, as use_mup is false: {', '.join(scales)}")
     fields.refuse("router_type", ROUTER_TYPES, "another router computes other scores")
     fields.refuse("moe_router_dtype", ("fp32", "float32"), "router scores are computed in float32")
-    for key in ("attention_bias", "mlp_bias", "add_bias_linear", "add_qkv_bias", "qk_layernorm"):
-        fields.refuse(key, (False,), "biases and query/key norms are not part of DECO")
-    fields.refuse("normalization", ("RMSNorm",), "DECO normalizes with RMSNorm")
-    fields.refuse("rotary_percent", (1, 1.0), "partial rotation is not part of DECO")
+    for key, allowed in NOT_DECO.items():
+        fields.refuse(key, allowed or (None,), "anything else computes something that is not part of DECO")
+
+
+def _warn_of_unknown_routing(fields: Fields) -> None:
+    """A key about routing that nobody read may be harmless (training) or not: only the reader of the note can tell."""
+    known = {*HARMLESS, *UNUSED, *KNOWN, *fields.asked}
+    unknown = sorted(key for key in fields.values if key.startswith(ROUTING) and key not in known)
+    close = [key for key in unknown if difflib.get_close_matches(key, OPTIONAL, 1, 0.85)]  # an error further on
+    for key in set(unknown) - set(close):
+        fields.asked.add(key)
+    if len(unknown) > len(close):
+        given = ", ".join(f"{key} = {fields.values[key]!r}" for key in unknown if key not in close)
+        fields.note(
+            f"WARNING: {fields.file}: unknown keys about the experts were not applied: {given}; where one of them "
+            "changes the forward pass, this conversion computes another model"
+        )
 
 
 def _believe(fields: Fields, true_key: str, stale_key: str, found: int, what: str) -> int:
@@ -198,17 +227,18 @@ def _head_dim(checkpoint: Checkpoint, fields: Fields, hidden: int, heads: int) -
     return hidden // heads
 
 
-def _epsilon(fields: Fields) -> float:
-    if not fields.has("norm_epsilon"):
-        return fields.number("rms_norm_eps")
-    eps = fields.number("norm_epsilon")
-    if fields.has("rms_norm_eps") and fields.number("rms_norm_eps") != eps:
+def _agreed(fields: Fields, framework_key: str, key: str, *default: float) -> float:
+    """Two keys name one number that no shape shows: both must say the same where both are there."""
+    if not fields.has(framework_key):
+        return fields.number(key, *default)
+    value = fields.number(framework_key)
+    if fields.has(key) and fields.number(key) != value:
         raise BlockffnError(
-            f"config.json: norm_epsilon = {eps:g} and rms_norm_eps = {fields.values['rms_norm_eps']:g} contradict "
-            "each other, and no tensor shape can tell which is true; remove the wrong one (norm_epsilon is the "
-            "training framework's)"
+            f"config.json: {framework_key} = {value:g} and {key} = {fields.values[key]:g} contradict each other, and "
+            f"no tensor shape can tell which is true; remove the wrong one ({framework_key} is the training "
+            "framework's)"
         )
-    return eps
+    return value
 
 
 def _moe_layers(checkpoint: Checkpoint, fields: Fields, n_layer: int) -> list[int]:
@@ -252,7 +282,7 @@ def _read_moe(checkpoint: Checkpoint, fields: Fields, eps: float) -> MoeConfig:
     activation = fields.choice("expert_act_func", EXPERT_ACTS)
     n_expert = fields.integer("num_experts")
     norm, scale, weight = _router_norm(fields, n_expert)
-    has_bias = fields.flag("moe_router_enable_expert_bias")
+    has_bias = _has_bias(checkpoint, fields)
     shared = fields.integer("moe_shared_expert_intermediate_size", low=0) if _has_shared(fields) else 0
     return MoeConfig(
         n_expert=n_expert,
@@ -269,6 +299,15 @@ def _read_moe(checkpoint: Checkpoint, fields: Fields, eps: float) -> MoeConfig:
         shared_dim=shared,
         shared_gated=shared > 0,
     )
+
+
+def _has_bias(checkpoint: Checkpoint, fields: Fields) -> bool:
+    """Whether a bias selects the experts; a file without the key and without the tensor has none."""
+    stored = any(name.endswith(".mlp.expert_bias") for name in checkpoint.tensors)
+    if stored or fields.has("moe_router_enable_expert_bias"):
+        return fields.flag("moe_router_enable_expert_bias")
+    fields.note("config.json has no moe_router_enable_expert_bias; expert_bias is not there")
+    return False
 
 
 def _has_shared(fields: Fields) -> bool:

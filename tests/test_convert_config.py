@@ -142,6 +142,28 @@ def test_deco_gate_is_decided_by_the_tensor(tmp_path: Path) -> None:
     assert "not believed" in notes
 
 
+def test_deco_names_unknown_keys_about_routing(tmp_path: Path) -> None:
+    """They may be of training only, or not: a warning, apart from the keys that say nothing about experts."""
+    _, notes = read(tmp_path, **DECO, config={"moe_router_temperature": 0.5, "favourite_colour": "blue"})
+    assert (
+        "WARNING: config.json: unknown keys about the experts were not applied: moe_router_temperature = 0.5" in notes
+    )
+    assert "without influence on the model: favourite_colour" in notes
+
+
+def test_deco_without_the_bias_key(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, config={"moe_router_enable_expert_bias": None})
+    assert config.moe is not None and config.moe.bias_method == "none"
+    assert "expert_bias is not there" in notes
+
+
+@pytest.mark.parametrize(
+    "config", [{"rotary_base": 5e5, "rope_theta": None}, {"rope_theta": 5e5}, {"rotary_base": 5e5, "rope_theta": 5e5}]
+)
+def test_deco_rope_base_has_two_names(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert read(tmp_path, **DECO, config=config)[0].rope_base == 5e5
+
+
 def test_deco_router_variants(tmp_path: Path) -> None:
     fixed, _ = read(tmp_path / "fixed", **DECO, router_fixed=True)
     scalar, _ = read(tmp_path / "scalar", **DECO, router_scalar=True)
