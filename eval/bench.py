@@ -1,4 +1,5 @@
-"""The same weights run by the union op and densely, in one run: decoding, verification of n tokens, prefill, memory.
+"""The same weights run by the union op and densely, in one run: decoding, verification of n tokens, prefill, memory,
+and speculative decoding.
 
     >>> from blockffn.eval.bench import Candidate, run
     >>> pair = [Candidate("model-Q4_0.gguf", "union"), Candidate("model-dense-Q4_0.gguf", "dense")]
@@ -26,8 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blockffn.errors import BlockffnError
 
 VERIFY = (2, 4, 8, 16, 32)
@@ -35,17 +34,32 @@ PREFILL = 512
 DECODE_STEPS = 32  # one-token steps per round
 PAST = 128  # tokens in the cache before decoding and verification
 ROUNDS = 7
+TOKENS = 48  # generated per text
+LONGEST = 512  # text that a worker has room for
+LEARNING = 4  # times as many tokens in the warm-up where the plan is chosen automatically
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model file and how its FFN runs: "union" or "dense" (a dense-layout file, or all experts of the other)."""
+    """A model file and how its FFN runs: "union" or "dense" (a dense-layout file, or all experts of the other).
+
+    draft: None, "ngram", "scripted", or the file of a draft model or EAGLE head; scripted: the tokens of that file's
+    drafts are replaced by the true ones with the probability of the phase. trees: may an EAGLE head draft trees?
+    """
 
     path: str
     ffn: str
-    drafter: str = "none"
+    draft: str | None = None
+    scripted: bool = False
+    trees: bool = False
+
+    @property
+    def drafter(self) -> str:
+        """Name of the drafter in rows and tables: "none", "ngram", "scripted", or the name of the file."""
+        name = "none" if self.draft is None else Path(self.draft).stem if Path(self.draft).suffix else self.draft
+        return f"scripted+{name}" if self.scripted and name != "scripted" else name
 
     @property
     def label(self) -> str:
@@ -55,16 +69,30 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is timed: `steps` evaluations of `n` tokens each."""
+    """What is timed: `steps` evaluations of `n` tokens each, or (with a plan) the generation of `steps` tokens.
+
+    plan: "" for a given text, "plain", "auto", "chain 4", "tree 8" for the model's own. probability: of a scripted
+    drafter's first guess.
+    """
 
     name: str  # decode, verify or prefill
     n: int
     steps: int
+    plan: str = ""
+    probability: float | None = None
 
-    @property
-    def label(self) -> str:
-        """Short name for tables."""
-        return self.name if self.name == "decode" else f"{self.name} {self.n}"
+    def suits(self, candidate: Candidate) -> bool:
+        """Return whether the candidate runs this phase."""
+        if candidate.draft is None:
+            return self.plan in ("", "plain")
+        if self.plan in ("", "plain") or candidate.scripted != (self.probability is not None):
+            return False
+        return candidate.trees or not self.plan.startswith("tree")
+
+    def request(self, scale: int = 1) -> dict[str, Any]:
+        """Return the request of one round to the worker."""
+        wanted: dict[str, Any] = {"phase": self.name, "n": self.n, "steps": self.steps * scale}
+        return wanted | ({"plan": self.plan, "probability": self.probability} if self.plan else {})
 
 
 def phases(verify: Sequence[int] = VERIFY, prefill: int = PREFILL) -> list[Phase]:
@@ -72,6 +100,15 @@ def phases(verify: Sequence[int] = VERIFY, prefill: int = PREFILL) -> list[Phase
     found = [Phase("decode", 1, DECODE_STEPS)]
     found += [Phase("verify", n, max(4, 2 * DECODE_STEPS // n)) for n in verify]
     return [*found, Phase("prefill", prefill, 1)] if prefill else found
+
+
+def speculative_phases(
+    plain: Sequence[Phase], plans: Sequence[str], probabilities: Sequence[float | None], tokens: int
+) -> list[Phase]:
+    """Return the phases with decoding replaced by generation, plain and by every plan at every probability."""
+    found = [Phase("decode", 1, tokens, "plain")]
+    found += [Phase("decode", 1, tokens, plan, chance) for chance in probabilities for plan in plans]
+    return found + [phase for phase in plain if phase.name != "decode"]
 
 
 @dataclass
@@ -82,12 +119,18 @@ class Process:
     threads: int
     past: int
     directory: Path | None
-    seconds: dict[Phase, list[float]] = field(default_factory=dict)
+    exact: bool = False
+    seconds: dict[Phase, list[float]] = field(default_factory=dict)  # of a step; of a token where there is a plan
+    statistics: dict[Phase, list[dict[str, Any]]] = field(default_factory=dict)  # of generations
 
     def __post_init__(self) -> None:
         self.log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "blockffn.eval.bench_worker", self.candidate.path, "--ffn", self.candidate.ffn]
+        chosen = self.candidate
+        command = [sys.executable, "-m", "blockffn.eval.bench_worker", chosen.path, "--ffn", chosen.ffn]
         command += ["--threads", str(self.threads), "--past", str(self.past)]
+        command += ["--draft", chosen.draft] if chosen.draft else []
+        flags = {"--scripted": chosen.scripted, "--trees": chosen.trees, "--exact": self.exact}
+        command += [flag for flag, wanted in flags.items() if wanted]
         environment = os.environ | ({"BLOCKFFN_LIB_DIR": str(self.directory)} if self.directory else {})
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
@@ -105,10 +148,17 @@ class Process:
             raise BlockffnError(f"{self.candidate.path}: {answer['error']}")
         return answer
 
-    def time(self, phase: Phase) -> None:
-        """Run one phase and keep its seconds per step."""
-        answer = self.ask({"phase": phase.name, "n": phase.n, "steps": phase.steps})
+    def time(self, phase: Phase, scale: int = 1) -> None:
+        """Run one phase and keep its seconds per step, or per token, and its statistics."""
+        answer = self.ask(phase.request(scale))
         self.seconds.setdefault(phase, []).extend(answer["seconds"])
+        if "statistics" in answer:
+            self.statistics.setdefault(phase, []).append(answer["statistics"])
+
+    def forget(self) -> None:
+        """Drop what was measured so far."""
+        self.seconds.clear()
+        self.statistics.clear()
 
     def buffers(self) -> dict[str, float]:
         """Return the buffer types that llama.cpp chose for the weights, with their sizes in MiB."""
@@ -153,75 +203,41 @@ def run(
     past: int = PAST,
     directory: Path | None = None,
     say: Say = lambda line: None,
+    exact: bool = False,
 ) -> Result:
-    """Time all candidates. text: {"tokens": ids} or {"text": words}; directory: of the libraries, None for the usual.
+    """Time all candidates. text: {"tokens": the model's own greedy text} or {"text": words}.
 
-    The first round warms up and is not counted. Errors: BlockffnError when a model cannot be loaded.
+    directory: of the libraries, None for the usual. The first round warms up and is not counted.
+    Errors: BlockffnError when a model cannot be loaded.
     """
+    from blockffn.eval.bench_report import rows
+
     chosen = list(timed if timed is not None else phases())
     workers: list[Process] = []
     try:
         for candidate in candidates:
-            say(f"loading {candidate.path}")
-            worker = Process(candidate, threads, past, directory)
-            workers.append(worker)
-            worker.ask(text)
+            say(f"loading {candidate.path}" + (f" with {candidate.drafter}" if candidate.draft else ""))
+            workers.append(Process(candidate, threads, past, directory, exact))
+            workers[-1].ask(text)
         for number in range(rounds + 1):
             say(f"round {number} of {rounds}" if number else "warming up")
-            for phase in chosen:
-                for worker in workers if number % 2 else reversed(workers):
-                    worker.time(phase)
-            if number == 0:
-                for worker in workers:
-                    worker.seconds.clear()
+            _round(workers, chosen, number)
         memory = [worker.ask({"phase": "memory"}) for worker in workers]  # before `activity`, which adds a context
         activity = workers[0].ask({"phase": "activity", "n": past + 2 * PREFILL})
-        rows = [row for pair in zip(workers, memory, strict=True) for row in _rows(*pair, chosen)]
-        return Result(rows, activity, {worker.candidate.label: worker.buffers() for worker in workers})
+        found = [row for worker, used in zip(workers, memory, strict=True) for row in rows(worker, used, chosen)]
+        return Result(found, activity, {worker.candidate.label: worker.buffers() for worker in workers})
     finally:
         for worker in workers:
             worker.close()
 
 
-def _rows(worker: Process, memory: dict[str, float], chosen: Sequence[Phase]) -> list[dict[str, Any]]:
-    rows = []
+def _round(workers: Sequence[Process], chosen: Sequence[Phase], number: int) -> None:
+    """Run every phase on every worker it suits; round 0 warms up, and gives the automatic plan time to learn."""
     for phase in chosen:
-        seconds = np.asarray(worker.seconds[phase])
-        low, middle, high = np.percentile(seconds, [25, 50, 75])
-        rows.append(
-            {
-                "model": Path(worker.candidate.path).name,
-                "ffn": worker.candidate.ffn,
-                "drafter": worker.candidate.drafter,
-                "phase": phase.name,
-                "n": phase.n,
-                "tokens_per_second": phase.n / middle,
-                "spread": (high - low) / 2 / middle,
-                "tokens_per_step": 1.0 if phase.name == "decode" else None,
-                "acceptance": None,
-                "step_ms": 1e3 * middle,
-                "samples": len(seconds),
-                **memory,
-            }
-        )
-    return rows
-
-
-def table(result: Result) -> str:
-    """Return the figures as text: a line per phase, a column per candidate, and how many times faster union is."""
-    labels = list(dict.fromkeys(_label(row) for row in result.rows))
-    by_key = {(_label(row), row["phase"], row["n"]): row for row in result.rows}
-    lines = ["phase        " + "".join(f"{label:>24}" for label in labels) + "   union / dense"]
-    for phase, n in dict.fromkeys((row["phase"], row["n"]) for row in result.rows):
-        line = f"{phase if phase == 'decode' else f'{phase} {n}':<13}"
-        found = [by_key[label, phase, n] for label in labels]
-        line += "".join(f"{row['tokens_per_second']:12.1f} t/s +-{100 * row['spread']:4.0f} %" for row in found)
-        speeds = {row["ffn"]: row["tokens_per_second"] for row in found}
-        lines.append(line + (f"{speeds['union'] / speeds['dense']:13.2f} x" if len(speeds) == 2 else ""))
-    first = [next(row for row in result.rows if _label(row) == label) for label in labels]
-    lines.append("peak memory  " + "".join(f"{row['peak_rss_mb']:21.0f} MB" for row in first))
-    return "\n".join(lines)
-
-
-def _label(row: dict[str, Any]) -> str:
-    return str(row["ffn"]) if row["drafter"] == "none" else f"{row['ffn']}+{row['drafter']}"
+        for worker in workers if number % 2 else reversed(workers):
+            if phase.suits(worker.candidate):
+                learns = number == 0 and phase.plan == "auto"
+                worker.time(phase, max(1, min(LEARNING, LONGEST // phase.steps)) if learns else 1)
+    if number == 0:
+        for worker in workers:
+            worker.forget()

@@ -1,7 +1,9 @@
-"""`blockffn bench`: union against dense, the same weights in one run.
+"""`blockffn bench`: union against dense and speculative decoding, the same weights in one run.
 
     $ blockffn bench --shape 1.2b                          # a random model of a published shape, made when missing
+    $ blockffn bench --shape 1.2b --acceptance 0.6,0.8     # speculation at these rates beside it
     $ blockffn bench -m model-Q4_0.gguf --dense model-dense-Q4_0.gguf --json
+    $ blockffn bench -m model-Q4_0.gguf --draft ngram --draft head.gguf --tree -f code.py
 
 The honest dense baseline is a file of the dense layout (`blockffn convert --layout dense`), which stock llama.cpp runs
 with plain matrix products in its best buffers. Without --dense the expert-layout file itself runs densely, which is
@@ -47,54 +49,129 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--past", type=count, default=bench.PAST, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    _add_speculation(parser)
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    from blockffn.eval import bench
+
+    drafts = parser.add_argument_group("speculative decoding")
+    drafts.add_argument("--acceptance", metavar="P,P", help="with --shape: first guesses right with this probability")
+    drafts.add_argument("--draft", action="append", metavar="ngram|FILE", help="with -m: a drafter; may be repeated")
+    drafts.add_argument("--tree", action="store_true", help="let the EAGLE heads of --draft draft trees")
+    drafts.add_argument("--plans", default="auto", metavar="PLAN,..", help='"auto" (default), "chain 4", "tree 8"')
+    drafts.add_argument(
+        "--tokens", type=count, default=bench.TOKENS, metavar="N", help="per text (default: %(default)s)"
+    )
+    drafts.add_argument("--exact", action="store_true", help="kernels whose result does not depend on the batch")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the models if needed, time them, print the table."""
-    from blockffn.eval import bench
+    """Make the models if needed, time them, print the tables."""
+    from blockffn.eval import bench, bench_report
     from blockffn.eval.environment import environment, profile_directory
 
     directory = profile_directory(args.profile)
+    _check(args)
     candidates, text = _planted(args) if args.model is None else _given(args)
     threads = args.threads or physical_cores()
     timed = bench.phases(_sizes(args.verify), args.prefill)
-    result = bench.run(candidates, text, threads, args.rounds, timed, args.past, directory, _say)
+    if args.acceptance or args.draft:
+        timed = bench.speculative_phases(timed, _plans(args.plans), _rates(args.acceptance), args.tokens)
+    result = bench.run(candidates, text, threads, args.rounds, timed, args.past, directory, _say, args.exact)
     where: dict[str, Any] = environment(directory) | {"threads": threads, "past": args.past, "rounds": args.rounds}
-    where |= {"type": args.type if args.model is None else None, "buffers": result.buffers} | result.activity
-    print(f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}")
-    for label, buffers in result.buffers.items():
-        print(f"{label:<6} weights in " + ", ".join(f"{name} {size:.0f} MiB" for name, size in buffers.items()))
-    if result.activity:
-        share = ", ".join(f"CLS_{size} {100 * value:.1f} %" for size, value in result.activity["cls"].items())
-        print(f"text   TLS {100 * result.activity['tls']:.1f} %, {share}")
-    print(bench.table(result))
+    where |= {"type": args.type if args.model is None else None, "exact": args.exact, "buffers": result.buffers}
+    where |= result.activity
+    _print_environment(where)
+    print(bench_report.table(result))
+    if args.acceptance or args.draft:
+        print("\n" + bench_report.speculation_table(result))
+    if args.draft:
+        print("\n" + bench_report.position_table(result))
     if args.json:
         print(json.dumps({"environment": where, "rows": result.rows}))
     return 0
 
 
+def _print_environment(where: dict[str, Any]) -> None:
+    print(f"{where['cpu']}, {where['threads']} threads, profile {where['profile']}, commit {where['commit']}")
+    for label, buffers in where["buffers"].items():
+        print(f"{label:<6} weights in " + ", ".join(f"{name} {size:.0f} MiB" for name, size in buffers.items()))
+    if "tls" in where:
+        share = ", ".join(f"CLS_{size} {100 * value:.1f} %" for size, value in where["cls"].items())
+        print(f"text   TLS {100 * where['tls']:.1f} %, {share}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from blockffn.eval import bench
+
+    if args.model is None and (args.dense or args.file):
+        raise BlockffnError("--dense and --file: these go with -m; --shape makes both files and the text itself")
+    if args.model is None and args.draft:
+        raise BlockffnError("--draft: goes with -m; --shape drafts by a script, see --acceptance")
+    if args.model is not None and args.acceptance:
+        raise BlockffnError("--acceptance: goes with --shape, whose text is known; -m takes real drafters with --draft")
+    if args.tree and not args.draft:
+        raise BlockffnError("--tree: needs --draft with an EAGLE head")
+    if not 8 <= args.tokens <= bench.LONGEST:
+        raise BlockffnError(f"--tokens: expected 8 to {bench.LONGEST}, found {args.tokens}")
+
+
 def _planted(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    from blockffn.eval import planted, planted_files
+    from blockffn.eval import planted, planted_files, planted_head
     from blockffn.eval.bench import Candidate
 
-    if args.dense or args.file:
-        raise BlockffnError("--dense and --file: these go with -m; --shape makes both files and the text itself")
     files = planted_files.models(args.shape or "1.2b", args.type, say=_say)
-    tokens = planted.text(files.shape, 4096)
-    return [Candidate(str(files.union), "union"), Candidate(str(files.dense), "dense")], {"tokens": tokens}
+    tokens = planted.text(files.shape, 4096 + args.past)
+    union = str(files.union)
+    candidates = [Candidate(union, "union"), Candidate(str(files.dense), "dense")]
+    if args.acceptance:
+        head = str(planted_head.head(files, say=_say))
+        drafts = ("scripted", head)  # at no cost, and beside a head that takes its time
+        candidates += [Candidate(union, "union", draft, scripted=True, trees=True) for draft in drafts]
+    return candidates, {"tokens": tokens}
 
 
 def _given(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     from blockffn.eval.bench import Candidate
     from blockffn.inspection import SAMPLE_TEXT
 
-    for path in (args.model, args.dense):
+    drafts = args.draft or []
+    for path in (args.model, args.dense, *(draft for draft in drafts if draft != "ngram")):
         if path is not None and not Path(path).is_file():
             raise BlockffnError(f"{path}: no such file")
     text = SAMPLE_TEXT if args.file is None else Path(args.file).read_text(encoding="utf-8")
     if args.dense is None:
         _say("note: dense runs the expert-layout file; give --dense a file of `blockffn convert --layout dense`")
-    return [Candidate(args.model, "union"), Candidate(args.dense or args.model, "dense")], {"text": text}
+    candidates = [Candidate(args.model, "union"), Candidate(args.dense or args.model, "dense")]
+    candidates += [Candidate(args.model, "union", draft, trees=args.tree and _is_head(draft)) for draft in drafts]
+    return candidates, {"text": text}
+
+
+def _is_head(draft: str) -> bool:
+    from blockffn import _capi, gguf_contract
+
+    return draft != "ngram" and _capi.read_header(draft).architecture == gguf_contract.ARCH_EAGLE
+
+
+def _plans(value: str) -> list[str]:
+    from blockffn.eval.bench_generate import parse_plan
+
+    plans = [" ".join(part.replace(":", " ").split()) for part in value.split(",") if part.strip()]
+    for plan in plans:
+        if parse_plan(plan) is not None and not parse_plan(plan).nodes:  # type: ignore[union-attr]
+            raise BlockffnError("--plans: plain decoding is measured anyway; expected auto, chain N or tree N")
+    return plans or ["auto"]
+
+
+def _rates(value: str | None) -> list[float | None]:
+    try:
+        rates: list[float | None] = [float(part) for part in (value or "").split(",") if part]
+    except ValueError:
+        rates = [-1.0]
+    if any(rate is None or not 0 <= rate <= 1 for rate in rates):
+        raise BlockffnError(f"--acceptance: expected probabilities from 0 to 1 with commas between, found {value!r}")
+    return rates or [None]
 
 
 def _sizes(value: str) -> list[int]:

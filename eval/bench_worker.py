@@ -4,7 +4,8 @@
 
 The parent interleaves the requests of several workers; while one works, the others wait for a line on stdin.
 Requests and answers are JSON, one per line: phases `decode` and `verify` answer the seconds of every step, `prefill`
-those of the whole text, `activity` what the router chose, `memory` the peak resident memory of this process.
+those of the whole text, `activity` what the router chose, `memory` the peak resident memory of this process. A request
+with a plan generates text (blockffn.eval.bench_generate) and answers the seconds per token, with statistics.
 """
 
 from __future__ import annotations
@@ -19,24 +20,30 @@ from typing import Any
 
 import numpy as np
 
+from blockffn.errors import BlockffnError
+
 BATCH = 512  # tokens per evaluation of a prefill
+SLACK = 64  # tokens that a generation may take beyond what it is asked for
 
 
 class Worker:
-    """A loaded model with a text to run through it; the text starts again when it is used up."""
+    """A loaded model with a text to run through it; the text starts again when it is used up.
 
-    def __init__(self, path: str, ffn: str, threads: int, past: int, tokens: Sequence[int]) -> None:
+    args: the parsed arguments of `main`. known: `tokens` is the greedy text of the model, whatever stands before it.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokens: Sequence[int], known: bool) -> None:
         import blockffn
-        from blockffn.speculative.target import Target
+        from blockffn.eval.bench_generate import Generation
 
-        n_ctx = past + 2 * BATCH
-        self.llm = blockffn.Llama(
-            path, n_ctx=n_ctx, n_batch=BATCH, n_ubatch=BATCH, ffn=ffn, n_threads=threads, verbose=True
-        )
-        self.target = Target(self.llm.ctx, self.llm.n_vocab(), self.llm.n_embd(), BATCH)
-        self.past = past
-        self.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), past + 4 * BATCH))
-        self.at = past  # next token of the text
+        options = {"n_batch": BATCH, "n_ubatch": BATCH, "n_threads": args.threads, "verbose": True}
+        self.llm = blockffn.Llama(args.model, n_ctx=args.past + 2 * BATCH, ffn=args.ffn, exact=args.exact, **options)
+        self.generation = Generation(self.llm, args.draft, args.scripted, args.trees)
+        self.target = self.generation.target
+        self.past, self.known = args.past, known
+        self.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), args.past + 4 * BATCH))
+        self.at = args.past  # next token of the text
+        self.calls: dict[tuple[str, float | None], int] = {}  # of `generate`, by plan and probability
 
     def prefill(self, n: int) -> list[float]:
         """Evaluate `n` tokens from an empty cache, in batches of 512, logits for the last one: [seconds]."""
@@ -64,6 +71,21 @@ class Worker:
             seconds.append(time.perf_counter() - started)
         return seconds
 
+    def generate(self, n: int, plan: str, probability: float | None) -> dict[str, Any]:
+        """Generate at least `n` tokens; the same call number has the same prompt, whatever the plan."""
+        call = self.calls[plan, probability] = self.calls.get((plan, probability), -1) + 1
+        truth = None
+        if self.known:
+            at = self.past + call * n % (len(self.text) - self.past - n - SLACK)
+            truth = np.concatenate([self.text[: self.past - 1], self.text[at : at + n + SLACK]]).tolist()
+            prompt = truth[: self.past]  # all but its last token stays in the cache
+        else:
+            at = call * self.past % (len(self.text) - self.past)
+            prompt = self.text[at : at + self.past].tolist()
+        found = self.generation.run(prompt, n, plan, truth, probability)
+        seconds, statistics = found["seconds"], found["statistics"]
+        return {"seconds": [seconds / statistics["measured_tokens"]], "statistics": statistics}
+
     def activity(self, n_tokens: int) -> dict[str, Any]:
         """Return TLS and CLS_c on the text, as the router inside llama.cpp chose."""
         from blockffn.eval.sparsity import sparsity
@@ -83,6 +105,10 @@ class Worker:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what one request asks."""
         phase = request["phase"]
+        if request.get("plan"):
+            return self.generate(request["steps"], request["plan"], request["probability"])
+        if phase in ("prefill", "decode", "verify"):
+            self.generation.forget()  # what follows goes past its record of the cache
         if phase == "prefill":
             return {"seconds": self.prefill(request["n"])}
         if phase in ("decode", "verify"):
@@ -111,15 +137,16 @@ def main() -> int:
     parser.add_argument("--ffn", default="union")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--past", type=int, required=True)
+    parser.add_argument("--draft")
+    for flag in ("--scripted", "--trees", "--exact"):
+        parser.add_argument(flag, action="store_true")
     args = parser.parse_args()
-    from blockffn.errors import BlockffnError
-
     try:
         first = json.loads(sys.stdin.readline())
-        worker = Worker(args.model, args.ffn, args.threads, args.past, first.get("tokens") or [0])
+        worker = Worker(args, first.get("tokens") or [0], "tokens" in first)
         if "text" in first:
             tokens = worker.llm.tokenize(first["text"].encode(), add_bos=True)
-            worker.text = np.resize(np.asarray(tokens, np.int32), len(worker.text))
+            worker.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), len(worker.text)))
         print(json.dumps({"ready": True, "vocab": worker.llm.n_vocab()}), flush=True)
         for line in sys.stdin:
             print(json.dumps(worker.answer(json.loads(line))), flush=True)

@@ -72,6 +72,12 @@ class ScriptedDrafter(Drafter):
         self._random = np.random.default_rng(seed)
         self._draw = float(self._random.random())
 
+    def aim(self, truth: Sequence[int], rates: Sequence[float]) -> None:
+        """Take another text, and other rates of as many guesses."""
+        if len(rates) != len(self.rates):
+            raise ValueError(f"ScriptedDrafter: expected {len(self.rates)} rates, found {len(rates)}")
+        self.truth, self.rates = np.asarray(truth, dtype=np.int32), tuple(rates)
+
     def propose(self, context: Context, n: int) -> Draft:
         """Return a chain of `n` tokens, or a tree of `n` nodes when the context allows it."""
         if self.beside is not None:
@@ -109,7 +115,7 @@ class ScriptedDrafter(Drafter):
         path: list[int] = []
         while len(path) < levels and draw < edges[-1]:
             rank = bisect.bisect_right(edges, draw)
-            draw = (draw - edges[rank] + rates[rank]) / rates[rank]  # uniform again, given this rank
+            draw = max(0.0, draw - edges[rank] + rates[rank]) / rates[rank]  # uniform again, given this rank
             path.append(rank)
         return path
 
