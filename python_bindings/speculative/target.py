@@ -19,6 +19,7 @@ from blockffn.speculative.batch import Batch
 from blockffn.speculative.draft import Draft, Tokens
 
 Floats = npt.NDArray[np.float32]
+REASONS = {1: "the context is full", 2: "aborted", -1: "llama.cpp refuses the batch (a token outside the vocabulary?)"}
 
 
 def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
@@ -95,7 +96,7 @@ class Target:
             return
         self.truncate(first)
         n, last = self.evaluated, first + self.evaluated - 1
-        reason = {1: "the context is full", 2: "aborted"}.get(code, f"llama_decode returned {code}")
+        reason = REASONS.get(code, f"llama_decode returned {code}")
         raise RuntimeError(f"evaluating {n} tokens at positions {first} to {last}: {reason}")
 
     def logits(self, rows: int) -> Floats:
