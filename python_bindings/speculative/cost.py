@@ -1,15 +1,19 @@
 """Knowing the cost: how many tokens are worth drafting, learned while generating.
 
-Two things are measured: the time of an evaluation by the number of its tokens (`StepTimes`), and how often the i-th
-drafted token is right, given that those before it were (`Acceptance`). `Policy` picks the draft that promises the
-most tokens per second, nothing at all when plain decoding is faster, and tries again later.
+`Policy` picks the draft that promises the most tokens per second, nothing at all when plain decoding is faster, and
+tries again later. What it knows is measured (estimates.py): the time of a step by the number of its tokens, the time of
+drafting, how often the i-th drafted token is right, and what trees give.
 
-    >>> from blockffn.speculative.cost import StepTimes
-    >>> times = StepTimes()
-    >>> for tokens, seconds in ((1, 0.010), (4, 0.016)):
-    ...     times.add(tokens, seconds)
-    >>> round(times.predict(2), 4)
-    0.012
+    >>> from blockffn.speculative.cost import PLAIN, Policy
+    >>> policy = Policy(max_nodes=8)
+    >>> policy.plan() is PLAIN                       # the yardstick: what a plain step costs
+    True
+    >>> policy.times.add(1, 0.010)
+    >>> policy.plan()
+    Plan(nodes=4, tree=False)
+
+It starts with a short draft, and lengthens it as far as drafts turn out right: a drafter that is always wrong costs
+little, one that is always right is soon used fully. docs/speculative.md has the measurements.
 """
 
 from __future__ import annotations
@@ -17,98 +21,20 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
+
 log = logging.getLogger("blockffn.speculative")
 
-PRIOR_WEIGHT = 6.0  # observations that the position before counts for
-COMPARE_EVERY = 3  # steps between two comparisons of all plans
-EXPLORE_EVERY = 12  # drafted steps until a neighbour of the best length is measured, while it is not known well
-PRIOR_SLOPE = 0.15  # before any measurement: each further token costs this part of a plain step
-
-
-class StepTimes:
-    """Seconds of an evaluation by its number of tokens: a smoothed table, interpolated between the sizes seen."""
-
-    def __init__(self, weight: float = 0.1) -> None:
-        self.weight = weight  # of a new measurement
-        self._mean: dict[int, float] = {}
-        self._count: dict[int, int] = {}
-
-    def count(self, tokens: int) -> int:
-        """Return how often this size was measured."""
-        return self._count.get(tokens, 0)
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """Learn from one evaluation; an outlier moves the mean by no more than a doubled time would."""
-        count = self._count.get(tokens, 0)
-        self._count[tokens] = count + 1
-        if count == 0:
-            self._mean[tokens] = seconds
-            return
-        mean = self._mean[tokens]
-        weight = max(self.weight, 1.0 / (count + 1))
-        self._mean[tokens] = mean + weight * (min(seconds, 2.0 * mean) - mean)
-
-    def predict(self, tokens: int) -> float:
-        """Return the expected seconds of one size; 0 before the first measurement."""
-        return self.table(tokens)[-1]
-
-    def table(self, longest: int) -> list[float]:
-        """Return the expected seconds of the sizes 1 to `longest`: measured, interpolated, beyond that a line."""
-        if not self._mean:
-            return [0.0] * longest
-        known = sorted(self._mean.items())
-        slope = self._slope()
-        (low, low_seconds), found = known[0], 0
-        table = []
-        for tokens in range(1, longest + 1):
-            while found < len(known) and known[found][0] <= tokens:
-                low, low_seconds = known[found]
-                found += 1
-            if tokens < known[0][0] or found == len(known):
-                table.append(max(0.0, low_seconds + slope * (tokens - low)))
-            else:
-                high, high_seconds = known[found]
-                table.append(low_seconds + (high_seconds - low_seconds) * (tokens - low) / (high - low))
-        return table
-
-    def _slope(self) -> float:
-        """Return the seconds that one more token costs beyond the sizes seen."""
-        first, last = min(self._mean), max(self._mean)
-        if first == last:
-            return PRIOR_SLOPE * self._mean[first] / (1 + PRIOR_SLOPE * (first - 1))
-        return max(0.0, (self._mean[last] - self._mean[first]) / (last - first))
-
-
-class Acceptance:
-    """How often the i-th token of a draft is right when those before it were, with old steps slowly forgotten."""
-
-    def __init__(self, positions: int, memory: float = 200.0) -> None:
-        self._keep = 1.0 - 1.0 / memory
-        self._tried = [0.0] * positions
-        self._right = [0.0] * positions
-
-    def add(self, reached: int, accepted: int) -> None:
-        """Learn from a draft of depth `reached` whose first `accepted` tokens were right."""
-        for position in range(min(reached, accepted + 1, len(self._tried))):
-            self._tried[position] = self._tried[position] * self._keep + 1.0
-            self._right[position] = self._right[position] * self._keep + (position < accepted)
-
-    def rate(self, position: int) -> float:
-        """Return the conditional acceptance at `position` (from 0)."""
-        return self.rates()[position]
-
-    def rates(self) -> list[float]:
-        """Return the conditional acceptance of every position, each shrunk towards that of the position before."""
-        expected, rates = 0.6, []
-        for right, tried in zip(self._right, self._tried, strict=True):
-            expected = (right + PRIOR_WEIGHT * expected) / (tried + PRIOR_WEIGHT)
-            rates.append(expected)
-        return rates
-
-    def forget(self) -> None:
-        """Make the past count for little, so that a fresh trial can change the mind quickly."""
-        for counts in (self._tried, self._right):
-            counts[:] = [count * 0.2 for count in counts]
+COMPARE_EVERY, LEARNING = 3, 24  # steps between two comparisons of all plans, once so many drafts were verified
+EXPLORE_EVERY = 12  # drafted steps until another length is measured: one more, one less, twice as many, all,
+EXPLORE_ENOUGH, FAR_WORTH = 4, 0.8  # while it was measured less often, and promises this share of the best rate
+FAR_COST = 1.3  # or a size of tree that was never verified, if a step with it takes no more than so many of the best
+CHAIN_EVERY, CHAIN_ENOUGH = 24, 60  # drafted steps until a chain is verified although trees seem better; three times as
+# often before so many chains were seen
+YARDSTICK_EVERY = 128  # drafted steps until a plain step is measured again
+FIRST_LENGTH = 4  # of the first chain; chains grow to this multiple of what was accepted at once
+FIRST_TRIAL, LATER_TRIAL = 4, 3  # steps that a drafter gets to show that it is worth its time
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # plain steps after a failed trial; doubled with each one
 
 
 @dataclass(frozen=True)
@@ -134,11 +60,12 @@ class Policy:
         self.times = StepTimes()
         self.draft_times: dict[bool, StepTimes] = {False: StepTimes(), True: StepTimes()}
         self.acceptance = Acceptance(max_nodes)
-        self._tree_tokens: dict[int, tuple[float, int]] = {}  # size -> (tokens of a step, steps seen)
+        self.trees = TreeGain()
         self.switched_off = 0  # how often speculation was given up
-        self._pause = 64  # plain steps until the next trial; doubles with each failure
-        self._wait = 0
-        self._trial = 6  # drafted steps that a trial still has
+        self._pause, self._wait = FIRST_PAUSE, 0
+        self._trial, self._trial_accepted = FIRST_TRIAL, 0  # drafted steps left, and what they brought
+        self._longest = FIRST_LENGTH  # chains are not longer than this yet
+        self._drafted = 0  # drafted steps
         self._since_plain = 0
         self._chosen, self._chosen_for = PLAIN, 0  # the last comparison, and for how many steps it still holds
 
@@ -149,50 +76,101 @@ class Policy:
         if self._wait > 0:
             self._wait -= 1
             if self._wait == 0:
-                self._trial, self._chosen_for = 3, 0
-                self.acceptance.forget()
+                self._begin_trial(LATER_TRIAL)
             return PLAIN
-        if self.times.count(1) == 0 or self._since_plain >= 128:
-            return PLAIN  # the yardstick: what a plain step costs
+        if self._since_plain >= self._yardstick_after():
+            return PLAIN
         if self._chosen_for == 0 or self._chosen is PLAIN:
-            self._chosen, self._chosen_for = self._best(), COMPARE_EVERY
+            self._chosen, self._chosen_for = self._best(), COMPARE_EVERY if self._drafted >= LEARNING else 1
         self._chosen_for -= 1
-        best = self._chosen
-        if best is not PLAIN:
-            return self._neighbour(best) if self._since_plain % EXPLORE_EVERY == EXPLORE_EVERY - 1 else best
+        if self._chosen is not PLAIN:
+            return self._explored(self._chosen)
         if self._trial > 0:
             return Plan(1)
         self._give_up()
         return PLAIN
 
+    def _yardstick_after(self) -> int:
+        """Return the number of drafted steps until a plain step is measured: at once, after 8, 32, then 128."""
+        known = self.times.count(1)
+        return min(YARDSTICK_EVERY, 2 * 4**known) if known else 0
+
     def _best(self) -> Plan:
         """Return the plan with the most expected tokens per second."""
-        verify = self.times.table(1 + self.max_nodes)
-        draft = self.draft_times[False].table(self.max_nodes)
-        best, best_rate = PLAIN, 1.0 / verify[0]
-        tokens, product = 1.0, 1.0
-        for nodes, right in enumerate(self.acceptance.rates(), start=1):
-            product *= right
-            tokens += product
-            rate = tokens / (verify[nodes] + draft[nodes - 1])
-            if rate > best_rate:
-                best, best_rate = Plan(nodes), rate
+        best, best_rate = PLAIN, 1.0 / self.times.predict(1)
+        chain, rate = self._best_chain()
+        if rate > best_rate:
+            best, best_rate = chain, rate
+        if best is PLAIN or not self.tree_sizes or self._drafted < LEARNING:
+            return best
+        rates = self.acceptance.rates()
+        verify = self.times.table(1 + max(self.tree_sizes))
         for size in self.tree_sizes:
-            mean, seen = self._tree_tokens.get(size, (0.0, 0))
-            seconds = self.times.predict(1 + size) + self.draft_times[True].predict(size)
-            if seen < 3 and best is not PLAIN:
-                return Plan(size, tree=True)  # a few samples of each size decide
-            if seen and mean / seconds > best_rate:
-                best, best_rate = Plan(size, tree=True), mean / seconds
+            rate = self.trees.expected(size, rates) / (verify[size] + self._drafting(size, True))
+            if rate > best_rate:
+                best, best_rate = Plan(size, tree=True), rate
         return best
 
-    def _neighbour(self, best: Plan) -> Plan:
-        """Return a chain one longer or shorter whose time was hardly measured yet, or `best` itself."""
-        if best.tree:
+    def _best_chain(self) -> tuple[Plan, float]:
+        """Return the chain with the most expected tokens per second, and these."""
+        rates = self._chain_rates()
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return Plan(1 + best), rates[best]
+
+    def _chain_rates(self) -> list[float]:
+        """Return the expected tokens per second of chains of 1, 2, ... tokens."""
+        longest = min(self.max_nodes, self._longest)
+        verify, draft = self.times.table(1 + longest), self.draft_times[False].table(longest)
+        tokens, product, rates = 1.0, 1.0, []
+        for nodes, right in enumerate(self.acceptance.rates()[:longest], start=1):
+            product *= right
+            tokens += product
+            rates.append(tokens / (verify[nodes] + draft[nodes - 1]))
+        return rates
+
+    def _drafting(self, nodes: int, tree: bool) -> float:
+        """Return the expected seconds of drafting; a tree that was never drawn is taken for a chain of four."""
+        known = self.draft_times[tree].predict(nodes)
+        return known if known or not tree else self.draft_times[False].predict(4)
+
+    def _explored(self, best: Plan) -> Plan:
+        """Return `best`, or now and then another plan that would be judged by old or no measurements otherwise."""
+        every = CHAIN_EVERY if self.acceptance.tried > CHAIN_ENOUGH else CHAIN_EVERY // 3
+        if best.tree and self._drafted % every == every - 1:
+            return self._best_chain()[0]
+        if self._drafted % EXPLORE_EVERY != EXPLORE_EVERY - 1:
             return best
-        sizes = [size for size in (best.nodes + 1, best.nodes - 1) if 1 <= size <= self.max_nodes]
-        rare = min(sizes, key=lambda size: self.times.count(1 + size), default=best.nodes)
-        return Plan(rare) if self.times.count(1 + rare) < 6 else best
+        tree = self._rare_tree(best)
+        if tree is None and not best.tree:
+            return self._rare_chain(best)
+        return tree or best
+
+    def _rare_chain(self, best: Plan) -> Plan:
+        """Return a chain that is a little or much longer or shorter than `best`, if its time is hardly known."""
+        rates = self._chain_rates()
+        worth = FAR_WORTH * max(rates)
+        lengths = (best.nodes + 1, best.nodes - 1, 2 * best.nodes, len(rates))
+        near = [
+            length
+            for length in lengths
+            if 1 <= length <= len(rates) and (rates[length - 1] > worth or self.times.count(1 + length) == 1)
+        ]  # one measurement is no evidence
+        rare = min(near, key=lambda length: self.times.count(1 + length), default=best.nodes)
+        return Plan(rare) if self.times.count(1 + rare) < EXPLORE_ENOUGH else best
+
+    def _rare_tree(self, best: Plan) -> Plan | None:
+        """Return a tree that costs little more than `best`, of a size that was hardly tried."""
+        longest = FAR_COST * self._seconds(best)
+        sizes = [size for size in self.tree_sizes if self._seconds(Plan(size, tree=True)) < longest]
+        rare = min(sizes, key=self.trees.seen, default=0)
+        return Plan(rare, tree=True) if rare and self.trees.seen(rare) < EXPLORE_ENOUGH - 1 else None
+
+    def _seconds(self, plan: Plan) -> float:
+        return self.times.predict(1 + plan.nodes) + self._drafting(plan.nodes, plan.tree)
+
+    def _begin_trial(self, steps: int) -> None:
+        self._trial, self._trial_accepted, self._chosen_for = steps, 0, 0
+        self.acceptance.forget()
 
     def _give_up(self) -> None:
         self.switched_off += 1
@@ -204,7 +182,7 @@ class Policy:
             self.times.predict(2) / self.times.predict(1),
             self._wait,
         )
-        self._pause = min(2 * self._pause, 1024)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def observe(self, plan: Plan, nodes: int, depth: int, accepted: int) -> None:
         """Learn from a verified step: a draft of `nodes` nodes and `depth` of which `accepted` tokens were right."""
@@ -212,12 +190,21 @@ class Policy:
             self._since_plain = 0
             return
         self._since_plain += 1
-        self._trial = max(0, self._trial - 1)
+        self._drafted += 1
+        self.trees.fade()
         if plan.tree:
-            mean, seen = self._tree_tokens.get(plan.nodes, (0.0, 0))
-            weight = max(0.05, 1.0 / (seen + 1))
-            self._tree_tokens[plan.nodes] = (mean + weight * (1 + accepted - mean), seen + 1)
+            self.trees.add(plan.nodes, depth, 1 + accepted)
         else:
             self.acceptance.add(depth, accepted)
-            if accepted and self._trial == 0:
-                self._pause = 64
+            self._longest = max(self._longest, FIRST_LENGTH * accepted)
+        self._judge_trial(accepted)
+
+    def _judge_trial(self, accepted: int) -> None:
+        """Count a step of the trial; a later one that brought nothing at all ends at once."""
+        if self._trial == 0:
+            self._pause = FIRST_PAUSE if accepted else self._pause
+            return
+        self._trial -= 1
+        self._trial_accepted += accepted
+        if self._trial == 0 and self._trial_accepted == 0 and self.switched_off:
+            self._give_up()

@@ -84,6 +84,8 @@ class Loop:
         self._batch_row = 0  # the row of the batch that the first of them belongs to
         self._plan: Plan | None = None  # of the step being verified; None for the prompt
         self._union_total = 0.0
+        self._last_step: tuple[int, float, float] | None = None  # tokens and seconds of the last evaluation, and the
+        # loop's own seconds before it: known in full when the next step begins
         self._open: tuple[Text, Draft, list[int]] | None = None  # the draft being walked, its accepted nodes so far
 
     def rows(self) -> Rows:
@@ -146,7 +148,7 @@ class Loop:
         """Reuse the part of the cache that `prompt` begins with, evaluate the rest."""
         started = perf_counter()
         state = self.state
-        self.statistics = Statistics()
+        self.statistics, self._last_step = Statistics(), None
         known = state.input_ids[: min(state.n_tokens, len(prompt) - 1)]
         differs = np.flatnonzero(known != prompt[: len(known)])
         reuse = int(differs[0]) if len(differs) else len(known)
@@ -167,6 +169,7 @@ class Loop:
     def _step(self, text: Text) -> Draft:
         """Draft and evaluate: the last token of `text` is the root. Returns the draft that was evaluated."""
         t0 = perf_counter()
+        self._learn_last_step()
         plan = self.policy.plan()
         wanted = min(plan.nodes, text.room, self.target.batch.capacity - 1)
         t1 = perf_counter()
@@ -181,9 +184,17 @@ class Loop:
         self._batch_row, self._plan = 0, plan
         self.state.input_ids[first] = root
         self.state.n_tokens = first + 1
+        self._last_step = 1 + len(draft), t3 - t2, self.statistics.loop_seconds
         self._learn_times(plan, len(draft), t2 - t1, t3 - t2)
         self.statistics.loop_seconds += (t1 - t0) + (perf_counter() - t3)
         return draft
+
+    def _learn_last_step(self) -> None:
+        """Tell the policy what the last step took: its evaluation, and the loop's own work for it."""
+        if self._last_step is not None:
+            size, verifying, before = self._last_step
+            self.policy.times.add(size, verifying + self.statistics.loop_seconds - before)
+            self._last_step = None
 
     def _learn_times(self, plan: Plan, nodes: int, drafting: float, verifying: float) -> None:
         union = None
@@ -192,7 +203,6 @@ class Loop:
             union, self._union_total = total - self._union_total, total
         self.statistics.draft_seconds += drafting
         self.statistics.add_evaluation(1 + nodes, verifying, union)
-        self.policy.times.add(1 + nodes, verifying)
         if nodes:
             self.policy.draft_times[plan.tree].add(nodes, drafting)
 

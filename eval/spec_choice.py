@@ -1,0 +1,305 @@
+"""Does the automatic choice of the draft find the best fixed one? Measured on a model, at controlled acceptance.
+
+    $ python -m blockffn.eval.spec_choice --shape 1.2b                     # a planted model (eval/planted.py)
+    $ python -m blockffn.eval.spec_choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
+
+The model follows a given text (its logits are computed, the next token is the text's), and a drafter that knows the
+text guesses each token with the given probability. Which tokens it guesses is drawn beforehand, so that all candidates
+meet the same luck: plain decoding (in a model of its own, with one sequence), fixed chains and trees, and the automatic
+choice, which starts knowing nothing. They take turns on every segment of the text, and only whole steps are counted.
+
+Where the first guess is wrong, the second is right with probability 1/2, the third with 1/4, ...: what trees live from.
+Fixed plans that a short calibration finds hopeless are left out; `--all` measures every one. Ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blockffn.commands.common import count
+from blockffn.errors import BlockffnError
+from blockffn.eval.guesses import GuessingDrafter
+from blockffn.speculative.cost import PLAIN, Plan, Policy
+from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.generate import TREE_SIZES
+from blockffn.speculative.loop import Loop, Sampling
+
+ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in TREE_SIZES))
+WORTH = 0.88  # fixed plans that calibration puts below this share of the best one are not measured
+MOST = 5  # nor more than so many
+
+
+class Ended(Exception):
+    """A segment is over: raised at the start of a step, when nothing of it has been evaluated yet."""
+
+
+class TimedPolicy(Policy):
+    """A policy that times whole steps: from the first step of a segment to the first one after `limit` tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens = 0  # sampled in this segment, counted by the caller
+        self._limit, self._first, self._started = 0, 0, 0.0
+
+    def begin(self, limit: int) -> None:
+        """Start a segment of at least `limit` tokens."""
+        self.tokens, self._limit, self._started = 0, limit, 0.0
+
+    def plan(self) -> Plan:
+        """Return the plan of the next step, or end the segment."""
+        now = time.perf_counter()
+        if not self._started:
+            self._first, self._started = self.tokens, now
+        elif self.tokens - self._first >= self._limit:
+            self.measured = self.tokens - self._first, now - self._started
+            raise Ended
+        return super().plan()
+
+
+@dataclass
+class Candidate:
+    """One way to decode, and what it took so far."""
+
+    name: str
+    loop: Loop
+    tokens: list[int] = field(default_factory=list)  # of each segment
+    seconds: list[float] = field(default_factory=list)
+    steps: dict[int, int] = field(default_factory=dict)  # tokens in the batch -> steps
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second over all segments."""
+        return sum(self.tokens) / sum(self.seconds)
+
+    def run(self, truth: Sequence[int], start: int, length: int) -> None:
+        """Decode the segment of the text that follows its first `start` tokens."""
+        policy = self.loop.policy
+        assert isinstance(policy, TimedPolicy)
+        policy.begin(length)
+
+        def follow(_row: int, logits: Any) -> int:
+            logits.argmax()  # what greedy decoding does
+            policy.tokens += 1
+            return truth[start + policy.tokens - 1]
+
+        try:
+            for _ in self.loop.run(truth[:start], Sampling(follow)):
+                pass
+        except Ended:
+            pass
+        tokens, seconds = policy.measured
+        self.tokens.append(tokens)
+        self.seconds.append(seconds)
+        for size, steps in self.loop.statistics.steps_by_size.items():
+            self.steps[size] = self.steps.get(size, 0) + steps
+
+
+class Experiment:
+    """A model twice (for plain decoding with one sequence, and for drafts), and the text that both follow."""
+
+    def __init__(self, path: str, truth: Callable[[Any, int], list[int]], threads: int | None, settings: Settings):
+        import blockffn
+
+        n_ctx = settings.past + settings.tokens + 64
+        n_ctx += -n_ctx % 256
+        self.settings = settings
+        self.plain: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
+        self.drafting: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
+        self.truth = truth(self.drafting, n_ctx)
+        self.n_threads = int(self.drafting.n_threads)
+        self.drafting.set_up_speculation(self.drafter(0.5))
+        self.seconds = self.calibrate()
+
+    def drafter(self, acceptance: float) -> GuessingDrafter:
+        """Return a drafter that guesses a token with this probability; the draw depends on nothing else."""
+        return GuessingDrafter(self.truth, acceptance, self.drafting.n_vocab())
+
+    def candidate(self, name: str, drafter: Drafter, fixed: Plan | None) -> Candidate:
+        """Return a way to decode with a policy of its own."""
+        llm = self.plain if fixed is PLAIN else self.drafting
+        policy = TimedPolicy(min(drafter.max_nodes, drafter.max_chain), TREE_SIZES, fixed)
+        return Candidate(name, Loop(llm, llm._loop.target, drafter, policy, llm._loop.union))
+
+    def calibrate(self) -> dict[Plan, float]:
+        """Return the seconds of one step of every plan, the median of a few."""
+        target, drafter, past = self.drafting._loop.target, self.drafter(0.5), self.settings.past
+        self.drafting.eval(self.truth[: past - 1])
+        text = np.asarray(self.truth[:past], dtype=np.int32)
+        found = {}
+        for plan in (PLAIN, *PLANS):
+            seconds = []
+            for _ in range(4):
+                draft = drafter.propose(Context(text, plan.tree), plan.nodes)
+                started = time.perf_counter()
+                target.evaluate_draft(int(text[-1]), draft, past - 1)
+                target.logits(1 + len(draft))
+                seconds.append(time.perf_counter() - started)
+                target.truncate(past - 1)
+            found[plan] = float(np.median(seconds))
+        return found
+
+    def promising(self, drafter: GuessingDrafter) -> list[Plan]:
+        """Return the fixed plans worth measuring: near the best by calibration, at least one chain and one tree."""
+        rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in PLANS}
+        order = sorted(PLANS, key=lambda plan: -rate[plan])
+        if self.settings.every:
+            return order
+        best = max(rate[order[0]], 1 / self.seconds[PLAIN])
+        chosen = [plan for plan in order if rate[plan] > WORTH * best][:MOST]
+        return chosen + [
+            next(plan for plan in order if plan.tree is tree)
+            for tree in (False, True)
+            if all(plan.tree is not tree for plan in chosen)
+        ]
+
+    def measure(self, acceptance: float) -> list[Candidate]:
+        """Let plain decoding, the automatic choice and fixed plans take turns on the text; returned in this order."""
+        drafter = self.drafter(acceptance)
+        candidates = [self.candidate("plain", Drafter(), PLAIN), self.candidate("automatic", drafter, None)]
+        candidates += [self.candidate(plan_name(plan), drafter, plan) for plan in self.promising(drafter)]
+        self.plain.reset()
+        self.drafting.reset()
+        first, last = self.settings.past, self.settings.past + self.settings.tokens
+        for turn, start in enumerate(range(first, last, self.settings.segment)):
+            at = turn % len(candidates)
+            for candidate in candidates[at:] + candidates[:at]:
+                candidate.run(self.truth, start, min(self.settings.segment, last - start))
+        return candidates
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is decoded: `tokens` after `past` others, by turns of `segment`."""
+
+    past: int
+    tokens: int
+    segment: int
+    every: bool = False
+
+
+def plan_name(plan: Plan) -> str:
+    """Return the name of a plan in tables; a tree's size counts its root, as the authors of EAGLE-2 do."""
+    return f"tree {plan.nodes + 1}" if plan.tree else f"chain {plan.nodes}" if plan.nodes else "plain"
+
+
+def compare(acceptance: float, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return one line of the table: the automatic choice beside the best other candidate and beside plain decoding."""
+    plain, automatic, *_ = candidates
+    best = max((candidate for candidate in candidates if candidate is not automatic), key=lambda one: one.rate)
+    return {
+        "acceptance": acceptance,
+        "plain": plain.rate,
+        "best": best.name,
+        "best_rate": best.rate,
+        "automatic": automatic.rate,
+        "to_best": automatic.rate / best.rate,
+        "to_plain": automatic.rate / plain.rate,
+        "error": noise(automatic, best),
+        "error_plain": noise(automatic, plain),
+        "tokens": sum(automatic.tokens),
+        "steps_by_size": dict(sorted(automatic.steps.items())),
+        "switched_off": automatic.loop.policy.switched_off,
+        "rates": {candidate.name: candidate.rate for candidate in candidates},
+    }
+
+
+def noise(one: Candidate, other: Candidate) -> float:
+    """Return the standard error of the ratio of two rates, from its scatter over the segments."""
+    if len(one.tokens) < 2:
+        return float("nan")
+    ratio = (np.array(one.tokens) / one.seconds) / (np.array(other.tokens) / other.seconds)
+    return float(ratio.std(ddof=1) / len(ratio) ** 0.5)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    fixed = [f"{name} {rate:.1f}" for name, rate in row["rates"].items() if name not in ("plain", "automatic")]
+    return (
+        f"{row['acceptance']:10.2f} {row['plain']:8.1f} {row['best_rate']:8.1f} {row['best']:<9} "
+        f"{row['automatic']:9.1f} {100 * row['to_best']:7.1f} % {100 * row['to_plain']:7.1f} %   {', '.join(fixed)}"
+    )
+
+
+HEAD = "acceptance    plain     best           automatic   of best  of plain   fixed plans, tokens/s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment for every acceptance, print the table and one line of JSON."""
+    args = _parser().parse_args(argv)
+    from blockffn.eval.environment import environment
+
+    settings = Settings(args.past, args.tokens, args.segment, args.all)
+    path, truth = _planted(args.shape) if args.model is None else _given(args.model, args.file)
+    experiment = Experiment(path, truth, args.threads, settings)
+    where = environment() | {"threads": experiment.n_threads, "model": Path(path).name} | vars(settings)
+    print(f"{where['cpu']}, {where['threads']} threads, profile {where['profile']}, commit {where['commit']}; {path}")
+    steps = {plan_name(plan): round(1e3 * seconds, 3) for plan, seconds in experiment.seconds.items()}
+    print("one step, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in steps.items()) + f"\n{HEAD}")
+    rows = []
+    for acceptance in args.acceptance:
+        rows.append(compare(acceptance, experiment.measure(acceptance)))
+        print(line(rows[-1]), flush=True)
+    print(json.dumps({"environment": where, "step_ms": steps, "rows": rows}))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="the automatic draft length against the best fixed one")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("-m", "--model", metavar="M.gguf", help="a model, with -f")
+    models.add_argument("--shape", default="1.2b", help="a planted model, Q4_0, made when missing (default: 1.2b)")
+    parser.add_argument("-f", "--file", metavar="FILE", help="text for the model of -m to follow")
+    parser.add_argument("--acceptance", type=_rates, default=ACCEPTANCE, metavar="P,P", help="default: 0 to 0.95")
+    parser.add_argument("--tokens", type=count, default=512, metavar="N", help="of each candidate (default: 512)")
+    parser.add_argument("--segment", type=count, default=64, metavar="N", help="tokens of one turn (default: 64)")
+    parser.add_argument("--past", type=count, default=128, metavar="N", help="tokens before (default: 128)")
+    parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
+    parser.add_argument("--all", action="store_true", help="measure every fixed plan")
+    return parser
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    if not values or not all(0.0 <= value <= 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1 with commas between, found {text}")
+    return values
+
+
+def _planted(name: str) -> tuple[str, Callable[[Any, int], list[int]]]:
+    from blockffn.eval import planted, planted_files
+
+    files = planted_files.models(name)
+    return str(files.union), lambda _llm, n: planted.text(files.shape, n)
+
+
+def _given(path: str, file: str | None) -> tuple[str, Callable[[Any, int], list[int]]]:
+    if file is None:
+        raise BlockffnError("-m: needs -f with a text for the model to follow")
+    text = Path(file).read_bytes()
+
+    def tokens(llm: Any, n: int) -> list[int]:
+        found: list[int] = llm.tokenize(text, add_bos=True)
+        if len(found) < n:
+            raise BlockffnError(f"{file}: expected at least {n} tokens, found {len(found)}; give a longer text")
+        return found[:n]
+
+    return path, tokens
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BlockffnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
