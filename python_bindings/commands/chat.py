@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from blockffn.commands import common
+from blockffn.commands.speculation import Live, summary
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("-n", "--max-tokens", type=common.count, default=512, metavar="N", help="per answer")
     common.add_sampling_arguments(parser)
-    parser.add_argument("--stats", action="store_true", help="print the acceptance of drafts after each answer")
+    parser.add_argument("--stats", action="store_true", help="show speed and acceptance of drafts, live")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,19 +68,21 @@ def _answer(llm: Llama, messages: list[Message], args: argparse.Namespace) -> st
     parts: list[str] = []
     chunk: dict[str, Any] = {}
     try:
-        for chunk in _chunks(llm, messages, args):
-            part = chunk["choices"][0]["delta"].get("content") or ""
-            parts.append(part)
-            sys.stdout.write(part)
-            sys.stdout.flush()
+        with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
+            for chunk in _chunks(llm, messages, args):
+                part = chunk["choices"][0]["delta"].get("content") or ""
+                parts.append(part)
+                sys.stdout.write(part)
+                sys.stdout.flush()
+                live.update()
     except KeyboardInterrupt:
         parts.append("")
     except ValueError as error:
         raise BlockffnError(f"{error}; /clear forgets the conversation, --ctx-size raises the context") from error
     sys.stdout.write("\n")
+    sys.stdout.flush()
     if args.stats and llm.drafter is not None:
-        figures = llm.speculation()
-        print(f"[{figures.get('accepted', 0)} of {figures.get('drafted', 0)} drafted tokens accepted]", file=sys.stderr)
+        print(f"[{summary(llm.speculation())}]", file=sys.stderr)
     return "".join(parts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockffn.commands import common
+from blockffn.commands.speculation import Live, lines, summary
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--max-tokens", type=common.count, default=128, metavar="N", help="default: 128")
     common.add_sampling_arguments(parser)
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
-    parser.add_argument("--stats", action="store_true", help="print speed, sparsity and acceptance to stderr")
+    parser.add_argument("--stats", action="store_true", help="show speed, sparsity and acceptance on stderr, live")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _print_json(text, "".join(pieces), meter)
             return 0
-        _stream(text if args.echo else "", pieces)
+        with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
+            _stream(text if args.echo else "", pieces, live)
         if args.stats:
             print_report(meter.report())
     finally:
@@ -85,11 +87,12 @@ def _generate(
     yield decoder.decode(b"", final=True)
 
 
-def _stream(first: str, pieces: Iterator[str]) -> None:
+def _stream(first: str, pieces: Iterator[str], live: Live) -> None:
     sys.stdout.write(first)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
+        live.update()
     sys.stdout.write("\n")
 
 
@@ -112,14 +115,9 @@ def print_report(report: dict[str, Any]) -> None:
             f"sparsity (TLS) {100 * report['token_sparsity']:.1f} % of {report['experts']}; "
             f"{100 * report['union_share']:.1f} % loaded per evaluation",
         )
-    speculation = report.get("speculation")
-    if speculation is not None:
-        drafted, accepted = speculation.get("drafted", 0), speculation.get("accepted", 0)
-        share = f" ({100 * accepted / drafted:.1f} %)" if drafted else ""
-        line("drafts", f"{accepted} of {drafted} tokens accepted{share}")
-        for name in ("tokens_per_step", "steps"):
-            if name in speculation:
-                line("", f"{name.replace('_', ' ')} {_number(float(speculation[name]))}")
+    if report.get("speculation") is not None:
+        for number, text in enumerate(lines(report["speculation"])):
+            line("" if number else "drafts", text)
 
 
 def _number(value: float | None) -> str:
