@@ -56,7 +56,7 @@ def describe(path: str | Path, measure: str | None = None) -> dict[str, Any]:
         "router": _router(file),
     }
     if measure is not None:
-        report["measured"] = _measure(path, measure, report["parameters"])
+        report["measured"] = _measure(path, measure, report["parameters"], _is_dense_by_nature(file))
     return report
 
 
@@ -101,6 +101,9 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
     }
     for name in ("bos", "eos", "padding"):
         result[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    for name in ("eot", "eom"):  # where a second and third token end a text
+        if (token := file.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            result[f"{name}_token_id"] = token
     return result
 
 
@@ -122,8 +125,14 @@ def _parameters(file: GgufFile) -> dict[str, Any]:
     result = {"total": total, "always_active": total - routed, "routed": routed}
     if routed and n_experts:
         result["per_expert_all_layers"] = routed // n_experts
-        result["active_at_20_percent"] = total - routed + round(EXAMPLE_SHARE * routed)
+        if not _is_dense_by_nature(file):
+            result["active_at_20_percent"] = total - routed + round(EXAMPLE_SHARE * routed)
     return result
+
+
+def _is_dense_by_nature(file: GgufFile) -> bool:
+    """Return whether idle experts have a score too, so that every parameter works on every token."""
+    return bool(file.get(names.ROUTER_NORM) == "normal")
 
 
 def _router(file: GgufFile) -> dict[str, Any] | None:
@@ -146,12 +155,12 @@ def _router(file: GgufFile) -> dict[str, Any] | None:
     found = {label: _short(file.get(key)) for label, key in wanted.items() if file.get(key) is not None}
     found["moe_layers"] = len(layers)
     found["norm_weight"] = any(".ffn_router_norm." in tensor.name for tensor in file.tensors)
-    found["gated"] = any(".ffn_gate_exps." in tensor.name for tensor in file.tensors)
+    found["gated"] = any(".ffn_gate" in tensor.name for tensor in expert_tensors(file))
     return found
 
 
-def _measure(path: str | Path, text: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a text and return the sparsity of the router's choices on it."""
+def _measure(path: str | Path, text: str, parameters: dict[str, Any], is_dense: bool) -> dict[str, Any]:
+    """Evaluate a text and return the sparsity of the router's choices on it; is_dense: idle experts work as well."""
     import blockffn
 
     llm = blockffn.Llama(path)
@@ -162,5 +171,5 @@ def _measure(path: str | Path, text: str, parameters: dict[str, Any]) -> dict[st
         share = float(llm.active_experts(tokens).mean())  # [moe layers, tokens, experts]
     finally:
         llm.close()
-    active = parameters["always_active"] + round(share * parameters["routed"])
+    active = parameters["always_active"] + round((1.0 if is_dense else share) * parameters["routed"])
     return {"tokens": len(tokens), "token_sparsity": 1.0 - share, "active_parameters": active}

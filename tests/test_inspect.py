@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 from conftest import Runner
 
 from blockffn import BlockffnError, library
+from blockffn.convert import convert_checkpoint
 from blockffn.gguf_file import read_gguf
 from blockffn.inspection import describe
 
@@ -117,9 +120,38 @@ def test_model_without_experts(stock_model: Path) -> None:
     assert report["hyper_parameters"]["block_count"] == 2
 
 
+DECO: dict[str, Any] = {"family": "deco", "attention": "gqa", "n_head": 4, "n_head_kv": 2, "n_layer": 3}
+
+
+@pytest.mark.parametrize("layout", ["expert", "dense"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_deco(tmp_path: Path, layout: str, gated: bool) -> None:
+    """Gated experts show in both layouts, and every token that ends a text is listed."""
+    source = write_checkpoint(tmp_path / "m", norm="simple", gated=gated, bias="rms", router_fixed=True, **DECO)
+    convert_checkpoint(source, tmp_path / "m.gguf", layout=layout)
+    report = describe(tmp_path / "m.gguf")
+    router = report["router"]
+    assert (router["gated"], router["layout"], router["moe_layers"]) == (gated, layout, 2)
+    assert (router["scale"], router["norm_weight"], router["bias_method"]) == (0.75, False, "rms")
+    assert (router["activation"], router["shared_dim"]) == ("norm_silu", 48)
+    assert report["hyper_parameters"]["feed_forward_length"] == [96, 0, 0]
+    assert (report["tokenizer"]["eos_token_id"], report["tokenizer"]["eot_token_id"]) == (2, 5)
+    assert report["parameters"]["routed"] == 7 * 32 * 64 * (3 if gated else 2) * 2
+
+
+def test_a_model_that_is_dense_by_nature(tmp_path: Path) -> None:
+    """Router norm normal: idle experts have a score, so no share of the parameters is idle."""
+    convert_checkpoint(write_checkpoint(tmp_path / "m", norm="normal", **DECO), tmp_path / "m.gguf")
+    report = describe(tmp_path / "m.gguf", measure="def add(a, b):")
+    assert "active_at_20_percent" not in report["parameters"]
+    assert report["measured"]["active_parameters"] == report["parameters"]["total"]
+    assert 0.2 < report["measured"]["token_sparsity"] < 0.8
+
+
 def test_command(blockffn_model: Path, blockffn_cli: Runner) -> None:
     text = blockffn_cli("inspect", blockffn_model).stdout
     for word in ("32.00 bits per weight", "expert_count", "router", "tensor types", "always_active", "F32"):
         assert word in text
+    assert "1e-05" in text and "9.99999" not in text
     report = json.loads(blockffn_cli("inspect", blockffn_model, "--json", "--measure").stdout)
     assert report["architecture"] == "blockffn" and report["measured"]["tokens"] > 100

@@ -58,7 +58,7 @@ def _print(report: dict[str, Any]) -> None:
 def _section(title: str, values: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, value in values.items():
-        text = str(value)
+        text = f"{value:.7g}" if isinstance(value, float) else str(value)  # files hold float32
         print(f"  {name:<30} {text if len(text) <= 80 else text[:77] + '...'}")
 
 
