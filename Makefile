@@ -89,7 +89,7 @@ bench-ops: setup
 # The op tests alone with ggml, without the rest of llama.cpp. Without OpenMP, whose barriers ThreadSanitizer cannot see.
 OPS_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) -DGGML_SOURCE_DIR=$(CURDIR)/$(TREE)/ggml -DBUILD_SHARED_LIBS=OFF \
              -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF
-OPS_TESTS := test-relu-router test-union-ffn
+OPS_TESTS := test-relu-router test-union-ffn test-token-tiles
 
 test-sanitize: sanitize-address,undefined sanitize-thread
 
@@ -99,6 +99,7 @@ sanitize-%: tree
 	$(NINJA) -C build/sanitize-$* -j $(JOBS) $(OPS_TESTS)
 	build/sanitize-$*/bin/test-relu-router
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-union-ffn --quick
+	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-token-tiles --quick
 
 test-arm: tree
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
@@ -109,7 +110,8 @@ test-arm: tree
 	        -DCMAKE_EXE_LINKER_FLAGS=-static -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+fp16+$$arch > /dev/null && \
 	    $(NINJA) -C build/arm-$$arch -j $(JOBS) $(OPS_TESTS) || exit 1; \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-relu-router && \
-	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick || exit 1; \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick && \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-token-tiles --quick || exit 1; \
 	done
 
 wheel:

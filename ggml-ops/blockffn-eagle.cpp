@@ -1,5 +1,7 @@
 #include "blockffn-eagle.h"
 
+#include "blockffn-model.h"
+
 void llama_model_blockffn_eagle::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
     ml.get_key(LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
@@ -75,6 +77,7 @@ llama_model_blockffn_eagle::graph::graph(const llama_model_blockffn_eagle & mode
     cb(cur, "result_output", -1);
     res->t_logits = cur;
     ggml_build_forward_expand(gf, cur);
+    blockffn_hint_token_tiles(gf);
 }
 
 // fc [norm(embedding) | norm(hidden state)] + bias

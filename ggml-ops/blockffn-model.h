@@ -20,6 +20,9 @@ struct llama_model_blockffn : public llama_model_base {
     void load_ffn(llama_model_loader & ml, llama_layer & layer, int il);
 };
 
+// Ask the CPU backend for kernels made for few tokens, in every matrix product of the graph.
+void blockffn_hint_token_tiles(ggml_cgraph * gf);
+
 // One graph of the decoder. FFN layers: dense (n_ff > 0), or routed experts through the union op or through stock ops.
 struct llama_model_blockffn::graph : public llm_graph_context {
     graph(const llama_model & model, const llm_graph_params & params);

@@ -100,7 +100,7 @@ bool union_weight_get(const ggml_tensor * t, union_weight * w) {
     }
     w->kernel = fast_kernel(t->type, w->packed ? packed.rows : 1, w->packed ? packed.inter : 0, w->k, w->n_rows);
     if (w->kernel) {
-        w->act_block = ggml_is_quantized(t->type) ? 32 : 1;
+        w->act_block = ggml_blck_size(t->type);
         return true;
     }
     if (w->packed) {

@@ -46,6 +46,9 @@ struct union_kernel {
 
     // out[row] = sum of the row's lanes
     void (*reduce)(int64_t n_rows, const float * acc, float * out);
+
+    // also for whole matrices: measured to be faster than what MUL_MAT does otherwise
+    bool mul_mat = false;
 };
 
 typedef void (*union_gemv_t)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);

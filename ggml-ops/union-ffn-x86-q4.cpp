@@ -193,7 +193,8 @@ void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {
     }
 }
 
-const union_kernel q4_kernel = { "q4_0_8x8", 8, 2, Q4_TILE, 1536, int8_act_size, q4_act_pack, q4_dot, add_lane_pairs };
+const union_kernel q4_kernel = { "q4_0_8x8",    8,           2,      Q4_TILE,        1536,
+                                 int8_act_size, q4_act_pack, q4_dot, add_lane_pairs, true };
 
 }  // namespace
 

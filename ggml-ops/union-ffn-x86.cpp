@@ -10,6 +10,9 @@ const union_kernel * union_kernel_x86(ggml_type type, int64_t group, int64_t int
     if (const union_kernel * kernel = union_kernel_x86_q8(type, group, n_rows)) {
         return kernel;
     }
+    if (const union_kernel * kernel = union_kernel_x86_q6(type, group)) {
+        return kernel;
+    }
     return union_kernel_x86_float(type, group);
 }
 

@@ -47,45 +47,44 @@ struct int8_act {
     }
 };
 
-// quantizes 32 values to q, returns the scale; the sum of the quantized values goes to *sum
-inline float quantize_block(const float * x, int8_t * q, int32_t * sum) {
-    __m256       v[4];
+// the largest magnitude of n values, n a multiple of 8
+inline float largest_magnitude(const float * x, int64_t n) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256       max  = _mm256_setzero_ps();
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_loadu_ps(x + 8 * i);
-        max  = _mm256_max_ps(max, _mm256_andnot_ps(sign, v[i]));
+    for (int64_t i = 0; i < n; i += 8) {
+        max = _mm256_max_ps(max, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
     }
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
     m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    m        = _mm_max_ss(m, _mm_movehdup_ps(m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 
-    const float  amax    = _mm_cvtss_f32(m);
-    const __m256 inverse = _mm256_set1_ps(amax > 0.0f ? 127.0f / amax : 0.0f);
-    __m256i      n[4];
+// quantizes 32 values to q, returns the sum of the quantized values
+inline int32_t quantize_block(const float * x, float inverse, int8_t * q) {
+    __m256i n[4];
     for (int i = 0; i < 4; i++) {
-        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
     }
     const __m256i all = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
     __m128i       s   = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
     s                 = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
     s                 = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    *sum              = _mm_cvtsi128_si32(s);
 
     const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256((__m256i *) q, _mm256_permutevar8x32_epi32(words, order));
-    return amax / 127.0f;
+    return _mm_cvtsi128_si32(s);
 }
 
 template <typename F>
 inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act, F && finish) {
     int8_act a(act, k);
     for (int64_t i = 0; i < n; i += BLOCK) {
-        const int64_t b = (first + i) / BLOCK;
-        int32_t       sum;
-        a.d[b] = quantize_block(x + i, a.q + first + i, &sum) * factor;
-        a.c[b] = finish(a.q + first + i, sum);
+        const int64_t b   = (first + i) / BLOCK;
+        const float   max = largest_magnitude(x + i, BLOCK);
+        const int32_t sum = quantize_block(x + i, max > 0.0f ? 127.0f / max : 0.0f, a.q + first + i);
+        a.d[b]            = max / 127.0f * factor;
+        a.c[b]            = finish(a.q + first + i, sum);
     }
 }
 
@@ -98,6 +97,7 @@ inline void prefetch_lines(const char * p, int64_t bytes) {
 // NULL: not handled here
 const union_kernel * union_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
 const union_kernel * union_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows);
+const union_kernel * union_kernel_x86_q6(ggml_type type, int64_t group);
 const union_kernel * union_kernel_x86_float(ggml_type type, int64_t group);
 
 #endif

@@ -28,7 +28,7 @@ def run(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["test-relu-router", "test-union-ffn"])
+@pytest.mark.parametrize("name", ["test-relu-router", "test-union-ffn", "test-token-tiles"])
 def test_against_oracle(name: str) -> None:
     """Every check of the program passes, and it did check something."""
     found = re.search(r"(\d+) checks, 0 failed", run(name))
