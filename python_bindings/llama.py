@@ -82,6 +82,7 @@ class Llama(Speculative, llama_cpp.Llama):
         ``out["speculation"]``. One that needs the model (EagleDrafter) is set later, with `set_up_speculation`.
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
+    flash_attn: on, as llama.cpp itself chooses on CPUs; llama_cpp.Llama has it off, which is slower here.
     n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
     Errors: BlockffnError for a file that is missing, damaged or of an unknown architecture, and for a context that the
     model cannot have.
@@ -99,6 +100,7 @@ class Llama(Speculative, llama_cpp.Llama):
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
+        flash_attn: bool = True,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -118,6 +120,7 @@ class Llama(Speculative, llama_cpp.Llama):
                     n_ctx=context,
                     n_threads=threads,
                     n_threads_batch=n_threads_batch or threads,
+                    flash_attn=flash_attn,
                     kv_overrides=overrides or None,
                     verbose=verbose,
                     **kwargs,
