@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: tests share the machine with others
+# a shell starts background jobs with SIGINT ignored, and what ignores it passes that on: the tests of Ctrl-C need it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 
