@@ -127,6 +127,6 @@ def test_head_row(tmp_path: Path) -> None:
     tokens = np.random.default_rng(1).integers(3, 512, 41)
     hidden = llm.hidden_states(tokens[:-1].tolist())  # float32 [40, 64]
     expected = reference.draft_logits(torch.from_numpy(hidden), torch.from_numpy(tokens)).numpy()
-    assert metrics.nmse(head.draft_logits(hidden, tokens.tolist()), expected) <= 1e-5  # the cache is F16
+    assert metrics.nmse(head.draft_logits(hidden, tokens.tolist()), expected) <= 1e-6
     head.close()
     llm.close()
