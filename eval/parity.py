@@ -64,8 +64,8 @@ class ParityReport:
     n_tokens: int
     nmse: float
     bound: float | None  # largest NMSE that passes; None for types without a stated bound
-    left_out: int  # tokens that `nmse` leaves out, see `_counted`
-    nmse_all: float  # NMSE of all tokens
+    given: bool  # `nmse` is that of a reference that was given llama.cpp's choices, see `_given_choices`
+    nmse_own: float  # NMSE with the reference's own choices
     max_error: float  # largest absolute difference of two logits
     kl_mean: float  # nats
     kl_max: float
@@ -107,10 +107,7 @@ class ParityReport:
         lines = [
             f"{self.gguf} ({self.weight_type}) against {self.source} in torch float32, {self.n_tokens} tokens",
             f"  logits   NMSE {self.nmse:.2e} ({bound}), largest difference {self.max_error:.2e}"
-            + (
-                f"; {self.left_out} tokens with other experts left out, with them {self.nmse_all:.2e}"
-                * bool(self.left_out)
-            ),
+            + f"; the experts chosen as in llama.cpp, else {self.nmse_own:.2e}" * self.given,
             f"  tokens   top-1 agreement {100 * self.top1:.2f} %, KL divergence mean {self.kl_mean:.2e}, "
             f"largest {self.kl_max:.2e} nats",
             f"  greedy   {self.greedy_equal} of {self.greedy_tokens} tokens equal"
@@ -180,8 +177,10 @@ def compare(
     expected = reference.forward(text)
     wanted, found = expected.logits.numpy(), llm.logits(text)  # [n_tokens, n_vocab]
     kind = weight_type(llm.model_path)
-    router = _compare_router(llm, reference, expected, text)
-    counted = _counted(reference, kind, router)
+    chosen = llm.active_experts(text) if expected.active.numel() else np.zeros(expected.active.shape, np.bool_)
+    router = _compare_router(reference, expected, chosen)
+    given = _given_choices(reference, kind, router)
+    same = reference.forward(text, chosen).logits.numpy() if given else wanted
     kl = metrics.kl_divergence(found, wanted)
     equal, tie = _compare_greedy(wanted[len(tokens) - 1 :], continued)
     return ParityReport(
@@ -189,10 +188,10 @@ def compare(
         source=source,
         weight_type=kind,
         n_tokens=len(text),
-        nmse=metrics.nmse(found[counted], wanted[counted]),
+        nmse=metrics.nmse(found, same),
         bound=BOUNDS.get(kind),
-        left_out=int((~counted).sum()),
-        nmse_all=metrics.nmse(found, wanted),
+        given=given,
+        nmse_own=metrics.nmse(found, wanted),
         max_error=float(np.abs(found - wanted).max()),
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
@@ -212,34 +211,26 @@ def greedy(llm: Llama, tokens: Sequence[int], n_predict: int) -> list[int]:
     return [int(token) for token in itertools.islice(llm.generate(tokens, temp=0.0, repeat_penalty=1.0), n_predict)]
 
 
-def _compare_router(
-    llm: Llama, reference: ReferenceModel, expected: Output, text: Sequence[int]
-) -> npt.NDArray[np.int8]:
+def _compare_router(reference: ReferenceModel, expected: Output, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
     """Return EQUAL, TIE or DIFFERS for every choice, int8 [n_moe_layers, n_tokens, n_experts]."""
-    wanted = expected.active.numpy()  # [n_moe_layers, n_tokens, n_experts]
-    moe = reference.config.moe
-    result = np.full(wanted.shape, EQUAL, np.int8)
-    if wanted.size == 0 or moe is None:
-        return result
-    differ = llm.active_experts(text) != wanted
-    decided = _margins(reference, expected.router_logits.numpy()) >= ROUTER_TIE
-    result[differ] = TIE
-    result[differ & decided] = DIFFERS
+    result = np.full(chosen.shape, EQUAL, np.int8)
+    if chosen.size:
+        differ = chosen != expected.active.numpy()
+        decided = _margins(reference, expected.router_logits.numpy()) >= ROUTER_TIE
+        result[differ] = TIE
+        result[differ & decided] = DIFFERS
     return result
 
 
-def _counted(reference: ReferenceModel, kind: str, router: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
-    """Return which tokens count for the NMSE, bool [n_tokens]: all, but for models with an expert bias outside F32.
+def _given_choices(reference: ReferenceModel, kind: str, router: npt.NDArray[np.int8]) -> bool:
+    """Return whether the NMSE is taken from a reference that chooses as llama.cpp did: with an expert bias outside F32.
 
     Without a bias the score of an expert is zero at its threshold, and a choice that rounding flips changes little.
-    With a bias the score jumps there, so that the distance of the logits says nothing about the weights; those tokens
-    are left out of the NMSE and counted by the bound on the router's choices.
+    With a bias the score jumps there, in that token and through attention in all later ones, so that the distance of
+    the logits would say nothing about the weights. The bound on the router's choices counts the flips themselves.
     """
     moe = reference.config.moe
-    if kind == "F32" or moe is None or moe.bias_method == "none":
-        return np.ones(router.shape[1], np.bool_)
-    counted: npt.NDArray[np.bool_] = (router == EQUAL).all(axis=(0, 2))
-    return counted
+    return kind != "F32" and moe is not None and moe.bias_method != "none" and bool((router != EQUAL).any())
 
 
 def _margins(reference: ReferenceModel, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

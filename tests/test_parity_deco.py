@@ -22,6 +22,9 @@ from blockffn.eval import parity
 
 TEXT = "import os\n\ndef main():\n    return 1902 # caf\u00e9"
 N_GREEDY = 48
+# With few experts some tokens have almost none active; a router norm then divides by little more than its eps, and the
+# model itself enlarges BF16's rounding (11 experts: NMSE up to 3e-3, all of it in such tokens).
+N_EXPERT = 37
 Value = str | int | bool
 
 FACTORS: dict[str, tuple[Value, ...]] = {
@@ -73,7 +76,7 @@ def arguments(values: dict[str, Any]) -> dict[str, Any]:
     norm, _, kind = values["router"].partition("-")
     chosen = {key: values[key] for key in ("gated", "act", "bias", "shared_dim", "n_dense")}
     chosen |= {"norm": norm, "router_scalar": kind == "scalar", "router_fixed": kind == "fixed"}
-    sizes = {"n_layer": 2 + values["n_dense"], "n_head": 2, "n_head_kv": 1, "n_expert": 11, "n_ff": 80}
+    sizes = {"n_layer": 2 + values["n_dense"], "n_head": 2, "n_head_kv": 1, "n_expert": N_EXPERT, "n_ff": 80}
     return {"family": "deco", "attention": "gqa", "seed": sum(map(ord, str(values))), **sizes, **chosen}
 
 
@@ -94,18 +97,18 @@ def test_parity(case: Case, tmp_path: Path, worst: dict[str, dict[str, float]]) 
     convert_checkpoint(source, tmp_path / "model.gguf", outtype=outtype, layout=str(values["layout"]))
     report = parity.verify(tmp_path / "model.gguf", source, TEXT, N_GREEDY, n_threads=1)
 
-    figures = worst.setdefault(outtype, dict.fromkeys(("models", "nmse", "left_out", "flipped", "greedy_ties"), 0.0))
+    figures = worst.setdefault(outtype, dict.fromkeys(("models", "nmse", "nmse_own", "flipped", "greedy_ties"), 0.0))
     figures["models"] += 1
     figures["nmse"] = max(figures["nmse"], report.nmse)
-    figures["left_out"] = max(figures["left_out"], report.left_out / report.n_tokens)
+    figures["nmse_own"] = max(figures["nmse_own"], report.nmse_own)
     figures["flipped"] = max(figures["flipped"], report.router_differences / report.router_choices)
     figures["greedy_ties"] += report.greedy_equal < N_GREEDY and report.greedy_tie
 
     assert report.failures == [], str(report)
     assert report.weight_type == outtype.upper() and report.nmse <= BOUNDS[outtype], str(report)
-    assert report.router_choices == 2 * report.n_tokens * 11
+    assert report.router_choices == 2 * report.n_tokens * N_EXPERT
     if outtype == "f32":
-        assert report.router_differences == 0 and report.left_out == 0, str(report)
+        assert report.router_differences == 0 and not report.given, str(report)
         assert report.greedy_equal == N_GREEDY or report.greedy_tie, str(report)
 
 

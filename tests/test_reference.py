@@ -212,6 +212,22 @@ def test_positive_bias_adds_no_expert_and_negative_removes():
     assert ffn.selected(r).tolist() == [[[0.0, 0.0, 0.5, 0.0, pytest.approx(0.3), 0.0, 0.0]]]
 
 
+@pytest.mark.parametrize("case", ["deco-nomean-bias", "block-mla"])
+def test_given_choices_replace_the_routers_own(case):
+    """Its own choices given back change nothing; an expert taken away is missing in that token and in later ones."""
+    decoder = random_decoder(CASES[case])
+    model = ReferenceModel(decoder.config, dict(decoder.canonical()), torch.float64)
+    own = model.forward([1, 5, 28, 0])
+    same = model.forward([1, 5, 28, 0], own.active.numpy())
+    assert torch.equal(same.logits, own.logits) and torch.equal(same.active, own.active)
+    fewer = own.active.numpy().copy()
+    fewer[0, 2] = False
+    other = model.forward([1, 5, 28, 0], fewer)
+    assert torch.equal(other.logits[:2], own.logits[:2]) and not torch.allclose(other.logits[2:], own.logits[2:])
+    assert not other.active[0, 2].any()
+    assert torch.equal(model.forward([1, 5, 28, 0]).logits, own.logits)  # nothing is left behind
+
+
 def test_token_without_active_expert_gives_zero():
     decoder = random_decoder(CONFIG)
     ffn = decoder.expert_layers()[0]

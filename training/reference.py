@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -188,6 +190,7 @@ class Experts(nn.Module):
         self.shared_up = parameter(shared, h) if shared else None
         self.shared_gate = parameter(shared, h) if shared and moe.shared_gated else None
         self.shared_down = parameter(h, shared) if shared else None
+        self.given: Tensor | None = None  # bool [B, T, E]: active sets to use in place of the router's own
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, h] -> y [B, T, h] and the router logits r [B, T, E] (float32 at least)."""
@@ -203,6 +206,8 @@ class Experts(nn.Module):
     def selected(self, logits: Tensor) -> Tensor:
         """a = relu(r) inside the active set, else 0; the expert bias moves the threshold, not the score: [B, T, E]."""
         a = functional.relu(logits)
+        if self.given is not None:
+            return a * self.given
         if self.expert_bias is None:
             return a
         bias = self.expert_bias.to(logits.dtype)  # [E]
@@ -369,8 +374,12 @@ class ReferenceModel:
         return cls(config, tensors, dtype)
 
     @torch.no_grad()
-    def forward(self, tokens: Sequence[int] | Tensor) -> Output:
-        """Evaluate tokens [T] from position 0. Raises BlockffnError for no tokens or an id outside the vocabulary."""
+    def forward(self, tokens: Sequence[int] | Tensor, active: npt.NDArray[np.bool_] | None = None) -> Output:
+        """Evaluate tokens [T] from position 0. Raises BlockffnError for no tokens or an id outside the vocabulary.
+
+        active: bool [n_moe_layers, T, E], active sets to use in place of the router's own; scores stay those of its
+        logits. It separates what the weights do from choices that rounding flips.
+        """
         ids = torch.as_tensor(tokens, dtype=torch.int64)
         if ids.dim() != 1 or ids.numel() == 0:
             raise BlockffnError(f"tokens: expected at least one token in one row, found shape {list(ids.shape)}")
@@ -378,13 +387,20 @@ class ReferenceModel:
             raise BlockffnError(
                 f"tokens: expected ids from 0 to {self.config.n_vocab - 1}, found {ids.tolist()[:8]}..."
             )
-        hidden, routers = self.decoder(ids[None])
+        layers = self.decoder.expert_layers()
+        try:
+            for layer, given in zip(layers, () if active is None else active, strict=active is not None):
+                layer.given = torch.from_numpy(given)[None]
+            hidden, routers = self.decoder(ids[None])
+            chosen = [a[0] for a in self.decoder.active(routers)]
+        finally:
+            for layer in layers:
+                layer.given = None
         shape = (0, ids.numel(), 0)
-        active = [a[0] for a in self.decoder.active(routers)]
         return Output(
             logits=self.decoder.logits(hidden)[0],
             hidden=hidden[0],
-            active=torch.stack(active) if active else torch.zeros(shape, dtype=torch.bool),
+            active=torch.stack(chosen) if chosen else torch.zeros(shape, dtype=torch.bool),
             router_logits=torch.stack([r[0] for r in routers]) if routers else torch.zeros(shape),
         )
 
