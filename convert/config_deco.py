@@ -227,10 +227,10 @@ def _head_dim(checkpoint: Checkpoint, fields: Fields, hidden: int, heads: int) -
     return hidden // heads
 
 
-def _agreed(fields: Fields, framework_key: str, key: str, *default: float) -> float:
+def _agreed(fields: Fields, framework_key: str, key: str, default: float | None = None) -> float:
     """Two keys name one number that no shape shows: both must say the same where both are there."""
     if not fields.has(framework_key):
-        return fields.number(key, *default)
+        return fields.number(key) if default is None else fields.number(key, default)
     value = fields.number(framework_key)
     if fields.has(key) and fields.number(key) != value:
         raise BlockffnError(
