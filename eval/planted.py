@@ -26,7 +26,7 @@ TLS and CLS from active_experts().
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class PlantedShape:
     n_ff: int = 0  # their width
     shared_dim: int = 0
     n_ctx: int = 4096
+    activation: str = "norm_silu"  # of DECO's experts: expert_act_func
 
     @property
     def head_dim(self) -> int:
@@ -108,6 +109,17 @@ def shape_named(name: str) -> PlantedShape:
     if name not in SHAPES:
         raise BlockffnError(f"shape: expected one of {', '.join(SHAPES)}, found {name!r}")
     return SHAPES[name]
+
+
+def with_activation(shape: PlantedShape, activation: str) -> PlantedShape:
+    """Return a DECO shape with another expert activation, named after it; all random weights stay the same.
+
+    >>> with_activation(SHAPES["deco-1.2b"], "silu").name
+    'deco-1.2b-silu'
+    """
+    if shape.family != "deco":
+        raise BlockffnError(f"shape: expected one of family deco, found {shape.name} of family {shape.family}")
+    return replace(shape, name=f"{shape.name}-{activation}", activation=activation)
 
 
 def text(shape: PlantedShape, n_tokens: int, start: int | None = None) -> list[int]:
@@ -263,7 +275,8 @@ def _deco(planted: Planted) -> Named:
     yield "router_norm.weight", np.ones(s.n_expert, np.float32)
     yield "expert_up_proj.weight", planted.matrix(width, s.n_embd)
     yield "expert_down_proj.weight", planted.output_matrix(width, (ACTIVE_SHARE * width) ** -0.5)
-    yield "expert_act.rms_norm.weight", np.ones(s.expert_dim, np.float32)
+    if s.activation in ("norm_silu", "norm_silu_nomean"):
+        yield "expert_act.rms_norm.weight", np.ones(s.expert_dim, np.float32)
     for name, values in _swiglu(planted, s.shared_dim):
         yield "shared_experts." + name, values
 
@@ -299,7 +312,7 @@ def configuration(shape: PlantedShape) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": shape.shared_dim, "router_act_func": "relu",
         "moe_layer_freq": [0] * shape.n_dense + [1] * (shape.n_layer - shape.n_dense), "router_norm_type": "simple",
         "router_norm_fixed": False, "router_norm_scalar": False, "router_norm_init_var": 0.1,
-        "expert_act_func": "norm_silu", "expert_act_norm_type": "normal", "expert_not_gated": True,
+        "expert_act_func": shape.activation, "expert_act_norm_type": "normal", "expert_not_gated": True,
         "moe_router_enable_expert_bias": False, "router_type": None,
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from blockffn.eval.planted import PlantedShape
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "planted"
 SHARD_BYTES = 400 << 20
+SUFFIX = {"expert": "", "dense": "-dense"}  # of the file, by layout
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of SentencePiece pieces
 BPE = 2  # type of SentencePiece model
 
@@ -46,22 +47,31 @@ def models(name: str, kind: str = "Q4_0", folder: Path | None = None, say: Say =
 
     Errors: BlockffnError for an unknown shape or type and for a full disk.
     """
-    shape, target = planted.shape_named(name), folder or CACHE
-    files = {layout: target / f"{name}{suffix}-{kind}.gguf" for layout, suffix in (("expert", ""), ("dense", "-dense"))}
-    missing = {layout: file for layout, file in files.items() if not file.exists()}
+    shape = planted.shape_named(name)
+    union, dense = files(shape, ("expert", "dense"), kind, folder, say)
+    return PlantedModels(shape, union, dense)
+
+
+def files(
+    shape: PlantedShape, layouts: Sequence[str], kind: str, folder: Path | None = None, say: Say = lambda line: None
+) -> list[Path]:
+    """Return one file of the same weights per layout ("expert", "dense"), making what is missing. See `models`."""
+    target = folder or CACHE
+    found = {layout: target / f"{shape.name}{SUFFIX[layout]}-{kind}.gguf" for layout in layouts}
+    missing = {layout: file for layout, file in found.items() if not file.exists()}
     if missing:
         target.mkdir(parents=True, exist_ok=True)
         _check_space(shape, target)
-        checkpoint = target / f"{name}-checkpoint"
+        checkpoint = target / f"{shape.name}-checkpoint"
         try:
-            say(f"writing the random checkpoint of shape {name}")
+            say(f"writing the random checkpoint of shape {shape.name}")
             write_checkpoint(shape, checkpoint)
             for layout, file in missing.items():
                 say(f"converting to {file.name}")
                 _convert(checkpoint, file, layout, kind)
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
-    return PlantedModels(shape, files["expert"], files["dense"])
+    return list(found.values())
 
 
 def _convert(checkpoint: Path, target: Path, layout: str, kind: str) -> None:
