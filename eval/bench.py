@@ -15,19 +15,13 @@ distance of the quartiles divided by the median.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockffn.errors import BlockffnError
+from blockffn.eval.bench_process import Channel
 
 VERIFY = (2, 4, 8, 16, 32)
 PREFILL = 512
@@ -111,42 +105,20 @@ def speculative_phases(
     return found + [phase for phase in plain if phase.name != "decode"]
 
 
-@dataclass
-class Process:
-    """A worker process of one candidate."""
+class Process(Channel):
+    """A worker process of one candidate, and what it measured."""
 
-    candidate: Candidate
-    threads: int
-    past: int
-    directory: Path | None
-    exact: bool = False
-    seconds: dict[Phase, list[float]] = field(default_factory=dict)  # of a step; of a token where there is a plan
-    statistics: dict[Phase, list[dict[str, Any]]] = field(default_factory=dict)  # of generations
-
-    def __post_init__(self) -> None:
-        self.log = tempfile.TemporaryFile("w+")
-        chosen = self.candidate
-        command = [sys.executable, "-m", "blockffn.eval.bench_worker", chosen.path, "--ffn", chosen.ffn]
-        command += ["--threads", str(self.threads), "--past", str(self.past)]
-        command += ["--draft", chosen.draft] if chosen.draft else []
-        flags = {"--scripted": chosen.scripted, "--trees": chosen.trees, "--exact": self.exact}
-        command += [flag for flag, wanted in flags.items() if wanted]
-        environment = os.environ | ({"BLOCKFFN_LIB_DIR": str(self.directory)} if self.directory else {})
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
-        )
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request and return its answer; BlockffnError with the cause when the process fails."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the process has gone: its last line or its log says why
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in answer:
-            raise BlockffnError(f"{self.candidate.path}: {answer['error']}")
-        return answer
+    def __init__(
+        self, candidate: Candidate, threads: int, past: int, directory: Path | None, exact: bool = False
+    ) -> None:
+        command = [sys.executable, "-m", "blockffn.eval.bench_worker", candidate.path, "--ffn", candidate.ffn]
+        command += ["--threads", str(threads), "--past", str(past)]
+        command += ["--draft", candidate.draft] if candidate.draft else []
+        flags = {"--scripted": candidate.scripted, "--trees": candidate.trees, "--exact": exact}
+        super().__init__(candidate.path, [*command, *(flag for flag, wanted in flags.items() if wanted)], directory)
+        self.candidate = candidate
+        self.seconds: dict[Phase, list[float]] = {}  # of a step; of a token where there is a plan
+        self.statistics: dict[Phase, list[dict[str, Any]]] = {}  # of generations
 
     def time(self, phase: Phase, scale: int = 1) -> None:
         """Run one phase and keep its seconds per step, or per token, and its statistics."""
@@ -159,30 +131,6 @@ class Process:
         """Drop what was measured so far."""
         self.seconds.clear()
         self.statistics.clear()
-
-    def buffers(self) -> dict[str, float]:
-        """Return the buffer types that llama.cpp chose for the weights, with their sizes in MiB."""
-        self.log.seek(0)
-        found = re.findall(r"(\S+) model buffer size =\s*([\d.]+) MiB", self.log.read())
-        return {name: float(size) for name, size in found}
-
-    def close(self) -> None:
-        """End the process."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # a request that a dead process never read
-                self.process.stdin.close()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self.log.close()
-
-    def _last_words(self) -> str:
-        self.process.wait()
-        self.log.seek(0)
-        lines = [line.strip() for line in self.log.read().splitlines() if line.strip()]
-        return (
-            f"the benchmark process ended with code {self.process.returncode}: {lines[-1] if lines else 'no message'}"
-        )
 
 
 @dataclass(frozen=True)
