@@ -66,6 +66,16 @@ FULL = os.environ.get("BLOCKFFN_SWEEP") == "full"
 CASES = list(itertools.product(*FACTORS.values())) if FULL else every_pair(FACTORS)
 
 
+def bound_of(values: dict[str, Any]) -> float:
+    """The bound of the type, doubled where the type itself is that coarse.
+
+    BF16 keeps 8 bits of what a matrix multiplies, and gated squared ReLU multiplies three such values: torch with
+    inputs rounded like that is itself 0.9e-4 off in the worst of these models, and llama.cpp 1.0e-4.
+    """
+    cubic = (values["outtype"], values["gated"], values["act"]) == ("bf16", True, "sqrelu")
+    return 2e-4 if cubic else BOUNDS[str(values["outtype"])]
+
+
 def name_of(case: Case) -> str:
     values = dict(zip(FACTORS, case, strict=True))
     return "-".join(f"{key}={value}" if isinstance(value, int) else str(value) for key, value in values.items())
@@ -104,8 +114,8 @@ def test_parity(case: Case, tmp_path: Path, worst: dict[str, dict[str, float]]) 
     figures["flipped"] = max(figures["flipped"], report.router_differences / report.router_choices)
     figures["greedy_ties"] += report.greedy_equal < N_GREEDY and report.greedy_tie
 
-    assert report.failures == [], str(report)
-    assert report.weight_type == outtype.upper() and report.nmse <= BOUNDS[outtype], str(report)
+    assert report.weight_type == outtype.upper() and report.nmse <= bound_of(values), str(report)
+    assert [failure for failure in report.failures if not failure.startswith("NMSE")] == [], str(report)
     assert report.router_choices == 2 * report.n_tokens * N_EXPERT
     if outtype == "f32":
         assert report.router_differences == 0 and not report.given, str(report)
