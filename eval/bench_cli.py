@@ -53,10 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
-    from blockffn.eval import bench
+    from blockffn.eval import bench, planted_head
 
     drafts = parser.add_argument_group("speculative decoding")
     drafts.add_argument("--acceptance", metavar="P,P", help="with --shape: first guesses right with this probability")
+    drafts.add_argument(
+        "--head-tokens",
+        type=count,
+        default=planted_head.DRAFT_TOKENS,
+        metavar="N",
+        help="with --acceptance: draft vocabulary of the head that runs beside the script (default: %(default)s)",
+    )
     drafts.add_argument("--draft", action="append", metavar="ngram|FILE", help="with -m: a drafter; may be repeated")
     drafts.add_argument("--tree", action="store_true", help="let the EAGLE heads of --draft draft trees")
     drafts.add_argument("--plans", default="auto", metavar="PLAN,..", help='"auto" (default), "chain 4", "tree 8"')
@@ -126,7 +133,7 @@ def _planted(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     union = str(files.union)
     candidates = [Candidate(union, "union"), Candidate(str(files.dense), "dense")]
     if args.acceptance:
-        head = str(planted_head.head(files, say=_say))
+        head = str(planted_head.head(files, args.head_tokens, _say))
         drafts = ("scripted", head)  # at no cost, and beside a head that takes its time
         candidates += [Candidate(union, "union", draft, scripted=True, trees=True) for draft in drafts]
     return candidates, {"tokens": tokens}

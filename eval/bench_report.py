@@ -69,8 +69,21 @@ def _speculation(phase: Phase, rounds: Sequence[dict[str, Any]], seconds: float)
         "step_ms": 1e3 * seconds * per_step,
         "tokens_evaluated_per_step": evaluated,
         "steps_by_size": {str(size): count for size, count in enumerate(sizes) if count},
+        "union_by_size": _means(rounds, "union_by_size"),  # experts read per layer
+        "verify_ms_by_size": _means(rounds, "verify_ms_by_size"),
         **{name: total[name] for name in (*COUNTS, *TIMES)},
     }
+
+
+def _means(rounds: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Return the mean of a figure that every round gives as a mean by size of the batch."""
+    total: dict[int, list[float]] = {}
+    for part in rounds:
+        for size, mean in part[name].items():
+            count = part["steps_by_size"][size]
+            so_far = total.setdefault(int(size), [0.0, 0.0])
+            total[int(size)] = [so_far[0] + count * mean, so_far[1] + count]
+    return {str(size): summed / count for size, (summed, count) in sorted(total.items())}
 
 
 def _listed(counts: dict[str, int]) -> list[int]:

@@ -3,7 +3,7 @@
     >>> from blockffn.eval import planted_files
     >>> from blockffn.eval.planted_head import head
     >>> head(planted_files.models("tiny")).name            # doctest: +SKIP
-    'tiny-eagle-Q4_0.gguf'
+    'tiny-eagle-32768-Q4_0.gguf'
 
 One decoder layer of the model's hidden size, SwiGLU of 8/3 of it, embedding and output matrix of the planted model; the
 output matrix is cut to `n_draft` tokens, as FR-Spec does (arXiv 2502.14856). Made once and kept beside the model.
@@ -22,15 +22,15 @@ from safetensors.numpy import save_file
 from blockffn.eval.planted import FIRST_TOKEN, PlantedShape
 from blockffn.eval.planted_files import PlantedModels
 
-DRAFT_TOKENS = 32768  # the larger of the published settings
+DRAFT_TOKENS = 32768  # the larger of the published settings; the other is 16384
 
 
 def head(models: PlantedModels, n_draft: int = DRAFT_TOKENS, say: Callable[[str], None] = lambda line: None) -> Path:
     """Return the file of a head for these models, of their weight type. Errors: BlockffnError for a full disk."""
     shape, kind = models.shape, models.union.stem.removeprefix(models.shape.name + "-")
-    target = models.union.with_name(f"{shape.name}-eagle-{kind}.gguf")
+    target = models.union.with_name(f"{shape.name}-eagle-{n_draft}-{kind}.gguf")
     if not target.exists():
-        folder = target.with_name(f"{shape.name}-eagle-checkpoint")
+        folder = target.with_name(f"{target.stem}-checkpoint")
         try:
             say(f"making {target.name}")
             write_checkpoint(shape, folder, n_draft)

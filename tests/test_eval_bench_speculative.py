@@ -44,7 +44,22 @@ def test_scripted_rows(
 
     monkeypatch.setattr(planted_files, "CACHE", models.union.parent)
     arguments = ["--shape", "tiny", "--type", "F16", "--acceptance", "0,0.8", "--plans", "chain:3,tree 8,auto"]
-    arguments += ["-t", "1", "--rounds", "2", "--verify", "4", "--prefill", "0", "--past", "16", "--tokens", "40"]
+    arguments += [
+        "-t",
+        "1",
+        "--rounds",
+        "2",
+        "--verify",
+        "4",
+        "--prefill",
+        "0",
+        "--past",
+        "16",
+        "--tokens",
+        "40",
+        "--head-tokens",
+        "300",
+    ]
     assert main(["bench", *arguments, "--json"]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(printed.splitlines()[-1])["rows"]
@@ -53,7 +68,7 @@ def test_scripted_rows(
         (ffn, *phase) for ffn in ("union", "dense") for phase in (("decode", 1), ("verify", 4))
     ]
     drafted = [row for row in rows if row["drafter"] != "none"]
-    names = ("scripted", "scripted+tiny-eagle-F16")
+    names = ("scripted", "scripted+tiny-eagle-300-F16")
     assert [(r["drafter"], r["probability"], r["plan"]) for r in drafted] == [
         (name, rate, plan) for name in names for rate in (0.0, 0.8) for plan in ("chain 3", "tree 8", "auto")
     ]
