@@ -41,7 +41,7 @@ class Speculative:
     """Mixin for a subclass of llama_cpp.Llama; see the module's docstring."""
 
     _loop: Loop | None = None
-    _sequences = 1  # of the cache; all hold the same text between two steps
+    _sequences = 1  # of the cache; more than one for trees
     exact: bool = False
 
     def set_up_speculation(self: Any, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
@@ -56,7 +56,7 @@ class Speculative:
         if exact != self.exact:
             _set_exact(self._ctx.ctx, exact)
         self.exact, self.drafter, self._sequences = exact, drafter, n_seq
-        target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden)
+        target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True)
         sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
         used.attach(self)
         self._loop = Loop(
@@ -142,6 +142,18 @@ class Speculative:
                 yield {**result, "speculation": self.speculation()} if done else result
         finally:
             self._loop.keep_rows, self._logits_all = None, logits_all
+
+    def create_chat_completion(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add the statistics to the answer, or to the last chunk of a stream: llama_cpp's chat formats drop them."""
+        result = super().create_chat_completion(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(result, dict):
+            return {**result, "speculation": self.speculation()}
+        return self._with_statistics(result)
+
+    def _with_statistics(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        for chunk in chunks:
+            done = any(choice.get("finish_reason") is not None for choice in chunk["choices"])
+            yield {**chunk, "speculation": self.speculation()} if done else chunk
 
     @property
     def _scores(self: Any) -> Any:

@@ -153,6 +153,7 @@ class Loop:
         differs = np.flatnonzero(known != prompt[: len(known)])
         reuse = int(differs[0]) if len(differs) else len(known)
         self.drafter.begin(prompt)
+        self.target.begin()
         if self.drafter.wants_hidden:
             reuse = min(reuse, self.drafter.known_states())
         if self.keep_rows == "all":

@@ -1,7 +1,7 @@
 """The target's side of the loop: evaluate a batch, read rows of it, keep the accepted path in the cache.
 
-Position p of the text lies in the cache for every sequence alike between two steps; only while a tree is being
-verified do the sequences differ. `Target` is the only place that knows this.
+Text and chains lie in the first sequence of the cache. Before a tree is verified, the other sequences are given what
+they lack of the text; only while it is verified do they differ otherwise. `Target` is the only place that knows this.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
 
 
 class Target:
-    """One llama_context and its cache of `n_seq` sequences that hold the same text.
+    """One llama_context and its cache of `n_seq` sequences; `alone`: text lies in the first one until a tree needs it.
 
     `hidden` asks for the states after the final norm, of every evaluated token. `n_embd_input` > 0: every token comes
     with a row of so many floats in batch.embd (draft heads).
@@ -47,21 +47,28 @@ class Target:
         n_seq: int = 1,
         hidden: bool = False,
         n_embd_input: int = 0,
+        alone: bool = False,
     ) -> None:
         self._api = library.load()
         self.ctx, self.n_vocab, self.n_embd, self.n_seq = ctx, n_vocab, n_embd, n_seq
         self._memory = self._api.llama_get_memory(ctx)
-        self.batch = Batch(capacity, n_seq, n_embd_input)
+        self.batch = Batch(capacity, n_seq, n_embd_input, alone)
+        self._alone, self._shared = alone, 0  # the first positions, which all sequences hold
         self._leaves: npt.NDArray[np.int32] | None = None
         self._first = 0
         self._pack = _pack_function(self._api._lib)
         self._nextn = _nextn_function(ctx, hidden)
         self.evaluated = 0  # tokens of the last evaluation
 
+    def begin(self) -> None:
+        """Start a generation: the cache may have been changed from outside, as by llama_cpp.Llama.load_state."""
+        self._shared = 0
+
     def truncate(self, n: int) -> None:
         """Forget every position from `n` on, in all sequences."""
         if not self._api.llama_memory_seq_rm(self._memory, -1, n, -1):
             raise BlockffnError(f"the cache of this model cannot forget positions from {n} on: speculation needs that")
+        self._shared = min(self._shared, n)
 
     def length(self) -> int:
         """Return the number of positions in the cache."""
@@ -75,6 +82,8 @@ class Target:
 
     def evaluate_draft(self, root: int, draft: Draft, first: int) -> None:
         """Evaluate the root token at position `first` and the draft after it; logits for every row."""
+        if not draft.is_chain:
+            self._share_text(first)
         self._leaves = self.batch.set_draft(root, draft, first)
         self._decode(first)
 
@@ -83,6 +92,13 @@ class Target:
         self.batch.set_level(tokens, position, sequences)
         self._leaves = None
         self._decode(position)
+
+    def _share_text(self, n: int) -> None:
+        """Let all sequences hold the first `n` positions."""
+        if self._alone and self._shared < n:
+            for seq in range(1, self.n_seq):
+                self._api.llama_memory_seq_cp(self._memory, 0, seq, self._shared, n)
+        self._shared = n
 
     def share(self, source: int, target: int, first: int) -> None:
         """Let sequence `target` see what `source` holds from position `first` on."""
@@ -113,9 +129,11 @@ class Target:
         if self._leaves is None or not path:
             if len(path) < nodes:
                 self.truncate(kept)
+            self._shared = self._shared if self._leaves is None else kept
             return
         leaf = int(self._leaves[path[-1]])
         self.truncate(kept)
+        self._shared = kept
         if self._pack is not None and self._pack(self._memory, leaf, self._first + 1):
             return
         for seq in range(self.n_seq):
