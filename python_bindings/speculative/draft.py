@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,24 +63,31 @@ class Draft:
 
     def depth(self) -> npt.NDArray[np.int32]:
         """Return the distance of each node from the root, int32 [n], from 1."""
+        return self._depth
+
+    @cached_property
+    def _depth(self) -> npt.NDArray[np.int32]:
         if self.is_chain:
             return np.arange(1, len(self.tokens) + 1, dtype=np.int32)
-        depth = np.zeros(len(self.tokens) + 1, dtype=np.int32)  # the last entry is the root, reached as index -1
+        depth = [0] * (len(self.tokens) + 1)  # the last entry is the root, reached as index -1
         for node, parent in enumerate(self.parents.tolist()):
             depth[node] = depth[parent] + 1
-        return depth[:-1]
+        return np.array(depth[:-1], dtype=np.int32)
 
     def leaf_sets(self) -> npt.NDArray[np.bool_]:
         """Return bool [n, leaves]: which leaves lie at or below each node. One leaf is one sequence of the cache."""
         n = len(self.tokens)
         is_leaf = np.ones(n + 1, dtype=bool)
         is_leaf[self.parents] = False
-        leaves = np.flatnonzero(is_leaf[:n])
-        below = np.zeros((n + 1, len(leaves)), dtype=bool)  # the last row collects the root's
-        below[leaves, np.arange(len(leaves))] = True
+        masks = [0] * (n + 1)  # bit i of a node: leaf i lies at or below it; the last entry collects the root's
+        n_leaves = 0
+        for node in np.flatnonzero(is_leaf[:n]).tolist():
+            masks[node], n_leaves = 1 << n_leaves, n_leaves + 1
         for node, parent in zip(range(n - 1, -1, -1), self.parents[::-1].tolist(), strict=True):
-            below[parent] |= below[node]
-        return below[:n]
+            masks[parent] |= masks[node]
+        width = (n_leaves + 7) // 8
+        raw = np.frombuffer(b"".join(mask.to_bytes(width, "little") for mask in masks[:n]), dtype=np.uint8)
+        return np.unpackbits(raw.reshape(n, width), axis=1, count=n_leaves, bitorder="little").view(np.bool_)
 
 
 EMPTY = Draft.chain([])

@@ -26,7 +26,7 @@ from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.model import load_model, open_context
 from blockffn.speculative.target import Floats, Target
-from blockffn.speculative.tree import AUTHORS, TreeGrower, TreeShape, log_softmax
+from blockffn.speculative.tree import AUTHORS, TreeGrower, TreeShape
 from blockffn.speculative.vocabulary import check_same
 
 
@@ -177,7 +177,7 @@ class EagleDrafter(Drafter):
         assert embd is not None
         grower = TreeGrower(TreeShape(self.shape.iterations, self.shape.top_k, n + 1))
         states = state[None]  # [rows of the last level, n_embd]
-        level = grower.expand(log_softmax(logits))
+        level = grower.expand(logits)
         for depth in range(1, self.shape.iterations):
             count, first = len(level.tokens), (depth - 1) * self.shape.top_k
             sequences = np.arange(first, first + count, dtype=np.int32)
@@ -187,7 +187,7 @@ class EagleDrafter(Drafter):
             embd[:count] = states[level.rows]
             self._head.evaluate_level(self._tokens(level.tokens), self._rows + depth - 1, sequences)
             states = self._head.hidden().copy()
-            level = grower.expand(log_softmax(self._head.logits(count)[:, : self._n_draft]))
+            level = grower.expand(self._head.logits(count)[:, : self._n_draft])
         draft = grower.draft(source=self.name)
         return Draft(self._tokens(draft.tokens), draft.parents, draft.is_chain, self.name)
 

@@ -17,6 +17,7 @@ The paths 0, 0-1 and 1 have the probabilities 0.6, 0.48 and 0.3: the best three 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Level:
 
 
 class TreeGrower:
-    """Grows one tree. `expand` takes the log-probabilities of the last level's nodes and returns the next level."""
+    """Grows one tree. `expand` takes the logits of the last level's nodes and returns the next level."""
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
@@ -64,14 +65,15 @@ class TreeGrower:
         self._level_scores: Floats = np.zeros(1, dtype=np.float32)
         self._count = 0
 
-    def expand(self, logprobs: Floats) -> Level:
+    def expand(self, logits: Floats) -> Level:
         """Add the best children of each node of the last level; return the best of them.
 
-        `logprobs` is float32 [f, n_vocab], one row for each node of the last level, or one row for the root.
+        `logits` is float32 [f, n_vocab], one row for each node of the last level, or one row for the root.
         """
-        k = min(self.shape.top_k, logprobs.shape[1])
-        tokens = top_k(logprobs, k)  # [f, k]
-        scores = np.take_along_axis(logprobs, tokens, axis=1) + self._level_scores[:, None]  # [f, k]
+        k = min(self.shape.top_k, logits.shape[1])
+        tokens = top_k(logits, k)  # [f, k]
+        scores = take(logits, tokens)  # [f, k]
+        scores += (self._level_scores - log_total(logits))[:, None]
         flat = scores.ravel()
         self._tokens.append(tokens.ravel().astype(np.int32))
         self._parents.append(np.repeat(self._level.nodes, k))
@@ -112,7 +114,7 @@ def top_k(values: Floats, k: int) -> Indices:
     index = (best[:, None, :] + np.arange(folds)[:, None] * width).reshape(rows, -1)
     rest = np.broadcast_to(np.arange(folds * width, columns), (rows, columns - folds * width))
     index = np.concatenate([index, rest], axis=1)
-    return np.take_along_axis(index, _sorted_top(np.take_along_axis(values, index, axis=1), k), axis=1)
+    return take(index, _sorted_top(take(values, index), k))
 
 
 def _sorted_top(values: Floats, k: int) -> Indices:
@@ -120,11 +122,19 @@ def _sorted_top(values: Floats, k: int) -> Indices:
         part = np.argpartition(-values, k - 1, axis=1)[:, :k]
     else:
         part = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(part, order, axis=1)
+    order = np.argsort(-take(values, part), axis=1, kind="stable")
+    return take(part, order)
 
 
-def log_softmax(logits: Floats) -> Floats:
-    """Return the log-probabilities of each row, float32 [n, n_vocab]."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def take(values: npt.NDArray[Any], columns: Indices) -> npt.NDArray[Any]:
+    """Return values[i, columns[i, j]], [rows, k], with less ado than numpy.take_along_axis."""
+    return values[np.arange(len(values))[:, None], columns]
+
+
+def log_total(logits: Floats) -> Floats:
+    """Return log(sum(exp(logits))) of each row, float32 [n]: logits less this are log-probabilities."""
+    largest = logits.max(axis=1)
+    shifted = logits - largest[:, None]
+    np.exp(shifted, out=shifted)
+    total: Floats = largest + np.log(shifted.sum(axis=1))
+    return total
