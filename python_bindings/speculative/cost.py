@@ -33,7 +33,7 @@ CHAIN_EVERY, CHAIN_ENOUGH = 24, 60  # drafted steps until a chain is verified al
 # often before so many chains were seen
 YARDSTICK_EVERY = 128  # drafted steps until a plain step is measured again
 FIRST_LENGTH = 4  # of the first chain; chains grow to this multiple of what was accepted at once
-FIRST_TRIAL, LATER_TRIAL = 4, 3  # steps that a drafter gets to show that it is worth its time
+FIRST_TRIAL, LATER_TRIAL = 4, 2  # steps that a drafter gets to show that it is worth its time
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # plain steps after a failed trial; doubled with each one
 
 
@@ -67,6 +67,7 @@ class Policy:
         self._longest = FIRST_LENGTH  # chains are not longer than this yet
         self._drafted = 0  # drafted steps
         self._since_plain = 0
+        self._gain = 1.0  # of the best plan over plain decoding, expected
         self._chosen, self._chosen_for = PLAIN, 0  # the last comparison, and for how many steps it still holds
 
     def plan(self) -> Plan:
@@ -91,14 +92,19 @@ class Policy:
         return PLAIN
 
     def _yardstick_after(self) -> int:
-        """Return the number of drafted steps until a plain step is measured: at once, after 8, 32, then 128."""
+        """Return the number of drafted steps until a plain step is measured: at once, after 8, 32, ... or 128.
+
+        It is measured often where drafts gain little: then it costs little, and a machine whose speed drifts fools us
+        least.
+        """
         known = self.times.count(1)
-        return min(YARDSTICK_EVERY, 2 * 4**known) if known else 0
+        return min(YARDSTICK_EVERY if self._gain > 1.2 else YARDSTICK_EVERY // 8, 2 * 4**known) if known else 0
 
     def _best(self) -> Plan:
         """Return the plan with the most expected tokens per second."""
         best, best_rate = PLAIN, 1.0 / self.times.predict(1)
         chain, rate = self._best_chain()
+        self._gain = rate / best_rate
         if rate > best_rate:
             best, best_rate = chain, rate
         if best is PLAIN or not self.tree_sizes or self._drafted < LEARNING:
