@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.eval.guesses import GuessingDrafter
+from blockffn.eval.model_text import Text, add_model_arguments, model_and_text
 from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.generate import TREE_SIZES
@@ -108,7 +109,7 @@ class Candidate:
 class Experiment:
     """A model twice (for plain decoding with one sequence, and for drafts), and the text that both follow."""
 
-    def __init__(self, path: str, truth: Callable[[Any, int], list[int]], threads: int | None, settings: Settings):
+    def __init__(self, path: str, text: Text, threads: int | None, settings: Settings):
         import blockffn
 
         n_ctx = settings.past + settings.tokens + 64
@@ -116,7 +117,7 @@ class Experiment:
         self.settings = settings
         self.plain: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
         self.drafting: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
-        self.truth = truth(self.drafting, n_ctx)
+        self.truth = text(self.drafting, n_ctx)
         self.n_threads = int(self.drafting.n_threads)
         self.drafting.set_up_speculation(self.drafter(0.5))
         self.seconds = self.calibrate()
@@ -150,18 +151,13 @@ class Experiment:
         return found
 
     def promising(self, drafter: GuessingDrafter) -> list[Plan]:
-        """Return the fixed plans worth measuring: near the best by calibration, at least one chain and one tree."""
+        """Return the fixed plans worth measuring: the best by calibration, and those near the best."""
         rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in PLANS}
         order = sorted(PLANS, key=lambda plan: -rate[plan])
         if self.settings.every:
             return order
         best = max(rate[order[0]], 1 / self.seconds[PLAIN])
-        chosen = [plan for plan in order if rate[plan] > WORTH * best][:MOST]
-        return chosen + [
-            next(plan for plan in order if plan.tree is tree)
-            for tree in (False, True)
-            if all(plan.tree is not tree for plan in chosen)
-        ]
+        return [plan for plan in order if plan == order[0] or rate[plan] > WORTH * best][:MOST]
 
     def measure(self, acceptance: float) -> list[Candidate]:
         """Let plain decoding, the automatic choice and fixed plans take turns on the text; returned in this order."""
@@ -240,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from blockffn.eval.environment import environment
 
     settings = Settings(args.past, args.tokens, args.segment, args.all)
-    path, truth = _planted(args.shape) if args.model is None else _given(args.model, args.file)
-    experiment = Experiment(path, truth, args.threads, settings)
+    path, text = model_and_text(args.shape, args.model, args.file)
+    experiment = Experiment(path, text, args.threads, settings)
     where = environment() | {"threads": experiment.n_threads, "model": Path(path).name} | vars(settings)
     print(f"{where['cpu']}, {where['threads']} threads, profile {where['profile']}, commit {where['commit']}; {path}")
     steps = {plan_name(plan): round(1e3 * seconds, 3) for plan, seconds in experiment.seconds.items()}
@@ -256,10 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the automatic draft length against the best fixed one")
-    models = parser.add_mutually_exclusive_group()
-    models.add_argument("-m", "--model", metavar="M.gguf", help="a model, with -f")
-    models.add_argument("--shape", default="1.2b", help="a planted model, Q4_0, made when missing (default: 1.2b)")
-    parser.add_argument("-f", "--file", metavar="FILE", help="text for the model of -m to follow")
+    add_model_arguments(parser)
     parser.add_argument("--acceptance", type=_rates, default=ACCEPTANCE, metavar="P,P", help="default: 0 to 0.95")
     parser.add_argument("--tokens", type=count, default=512, metavar="N", help="of each candidate (default: 512)")
     parser.add_argument("--segment", type=count, default=64, metavar="N", help="tokens of one turn (default: 64)")
@@ -274,27 +267,6 @@ def _rates(text: str) -> tuple[float, ...]:
     if not values or not all(0.0 <= value <= 1.0 for value in values):
         raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1 with commas between, found {text}")
     return values
-
-
-def _planted(name: str) -> tuple[str, Callable[[Any, int], list[int]]]:
-    from blockffn.eval import planted, planted_files
-
-    files = planted_files.models(name)
-    return str(files.union), lambda _llm, n: planted.text(files.shape, n)
-
-
-def _given(path: str, file: str | None) -> tuple[str, Callable[[Any, int], list[int]]]:
-    if file is None:
-        raise BlockffnError("-m: needs -f with a text for the model to follow")
-    text = Path(file).read_bytes()
-
-    def tokens(llm: Any, n: int) -> list[int]:
-        found: list[int] = llm.tokenize(text, add_bos=True)
-        if len(found) < n:
-            raise BlockffnError(f"{file}: expected at least {n} tokens, found {len(found)}; give a longer text")
-        return found[:n]
-
-    return path, tokens
 
 
 if __name__ == "__main__":
