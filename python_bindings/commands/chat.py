@@ -90,7 +90,7 @@ def _chunks(llm: Llama, messages: list[Message], args: argparse.Namespace) -> An
     options = common.sampling(args)
     options["temperature"] = options.pop("temp")
     return llm.create_chat_completion(
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         stream=True,
         max_tokens=args.max_tokens,
         seed=args.seed,

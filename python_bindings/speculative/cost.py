@@ -25,7 +25,7 @@ from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
 log = logging.getLogger("blockffn.speculative")
 
-COMPARE_EVERY, LEARNING = 3, 24  # steps between two comparisons of all plans, once so many drafts were verified
+COMPARE_EVERY, LEARNING = 4, 24  # steps between two comparisons of all plans, once so many drafts were verified
 EXPLORE_EVERY = 12  # drafted steps until another length is measured: one more, one less, twice as many, all,
 EXPLORE_ENOUGH, FAR_WORTH = 4, 0.8  # while it was measured less often, and promises this share of the best rate
 FAR_COST = 1.3  # or a size of tree that was never verified, if a step with it takes no more than so many of the best
@@ -110,11 +110,11 @@ class Policy:
         if best is PLAIN or not self.tree_sizes or self._drafted < LEARNING:
             return best
         rates = self.acceptance.rates()
-        verify = self.times.table(1 + max(self.tree_sizes))
         for size in self.tree_sizes:
-            rate = self.trees.expected(size, rates) / (verify[size] + self._drafting(size, True))
+            plan = Plan(size, tree=True)
+            rate = self.trees.expected(size, rates) / self._seconds(plan)
             if rate > best_rate:
-                best, best_rate = Plan(size, tree=True), rate
+                best, best_rate = plan, rate
         return best
 
     def _best_chain(self) -> tuple[Plan, float]:

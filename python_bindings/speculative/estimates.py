@@ -18,7 +18,7 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import deque
 
 KEPT = 9  # measurements of one size that count
@@ -35,6 +35,7 @@ class StepTimes:
     def __init__(self) -> None:
         self._last: dict[int, deque[float]] = {}
         self._median: dict[int, float] = {}
+        self._sizes: list[int] = []  # measured ones, ascending
         self._count: dict[int, int] = {}
 
     def count(self, tokens: int) -> int:
@@ -43,43 +44,39 @@ class StepTimes:
 
     def add(self, tokens: int, seconds: float) -> None:
         """Learn from one evaluation; outliers are outvoted."""
-        last = self._last.setdefault(tokens, deque(maxlen=KEPT))
+        if tokens not in self._last:
+            self._last[tokens] = deque(maxlen=KEPT)
+            insort(self._sizes, tokens)
+        last = self._last[tokens]
         last.append(seconds)
-        ordered: list[float] = []
-        for value in last:
-            insort(ordered, value)
-        self._median[tokens] = ordered[(len(ordered) - 1) // 2]
+        self._median[tokens] = sorted(last)[(len(last) - 1) // 2]
         self._count[tokens] = self._count.get(tokens, 0) + 1
 
     def predict(self, tokens: int) -> float:
         """Return the expected seconds of one size; 0 before the first measurement."""
-        return self.table(tokens)[-1]
+        if not self._median:
+            return 0.0
+        known = self._median.get(tokens)
+        return self._between(tokens) if known is None else known
 
     def table(self, longest: int) -> list[float]:
-        """Return the expected seconds of the sizes 1 to `longest`: measured, interpolated, beyond that a line."""
-        if not self._median:
-            return [0.0] * longest
-        known = sorted(self._median.items())
-        slope = self._slope()
-        (low, low_seconds), found = known[0], 0
-        table = []
-        for tokens in range(1, longest + 1):
-            while found < len(known) and known[found][0] <= tokens:
-                low, low_seconds = known[found]
-                found += 1
-            if tokens < known[0][0] or found == len(known):
-                table.append(max(0.0, low_seconds + slope * (tokens - low)))
-            else:
-                high, high_seconds = known[found]
-                table.append(low_seconds + (high_seconds - low_seconds) * (tokens - low) / (high - low))
-        return table
+        """Return the expected seconds of the sizes 1 to `longest`."""
+        return [self.predict(tokens) for tokens in range(1, longest + 1)]
 
-    def _slope(self) -> float:
-        """Return the seconds that one more token costs beyond the sizes seen."""
-        first, last = min(self._median), max(self._median)
+    def _between(self, tokens: int) -> float:
+        """Interpolate between the measured sizes; beyond them the time is a line."""
+        at = bisect(self._sizes, tokens)
+        if 0 < at < len(self._sizes):
+            low, high = self._sizes[at - 1], self._sizes[at]
+            part = (tokens - low) / (high - low)
+            return self._median[low] + part * (self._median[high] - self._median[low])
+        first, last = self._sizes[0], self._sizes[-1]
         if first == last:
-            return PRIOR_SLOPE * self._median[first] / (1 + PRIOR_SLOPE * (first - 1))
-        return max(0.0, (self._median[last] - self._median[first]) / (last - first))
+            slope = PRIOR_SLOPE * self._median[first] / (1 + PRIOR_SLOPE * (first - 1))
+        else:
+            slope = max(0.0, (self._median[last] - self._median[first]) / (last - first))
+        end = last if at else first
+        return max(0.0, self._median[end] + slope * (tokens - end))
 
 
 class Acceptance:
