@@ -52,7 +52,9 @@ class Candidate:
     @property
     def drafter(self) -> str:
         """Name of the drafter in rows and tables: "none", "ngram", "scripted", or the name of the file."""
-        name = "none" if self.draft is None else Path(self.draft).stem if Path(self.draft).suffix else self.draft
+        if self.draft is None:
+            return "none"
+        name = Path(self.draft).stem if self.draft.endswith(".gguf") else self.draft
         return f"scripted+{name}" if self.scripted and name != "scripted" else name
 
     @property

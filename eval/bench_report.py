@@ -1,8 +1,6 @@
 """Rows and tables of `blockffn bench`.
 
-    >>> from blockffn.eval.bench_report import expected_tokens
-    >>> expected_tokens(0.8, 4)                    # a chain of 4 drafted tokens, each right with probability 0.8
-    3.3616
+    print(table(result), speculation_table(result), position_table(result), sep="\n\n")
 
 A row is what docs/benchmarks.md promises; the tables show the same figures to people.
 """
@@ -96,11 +94,6 @@ def _sum(lists: Sequence[Sequence[int]]) -> list[int]:
     """Add lists of different lengths, element by element."""
     longest = max((len(values) for values in lists), default=0)
     return [sum(values[i] for values in lists if i < len(values)) for i in range(longest)]
-
-
-def expected_tokens(probability: float, nodes: int) -> float:
-    """Return the tokens that a step with a chain of `nodes` drafted tokens gives on average."""
-    return round(sum(probability**i for i in range(nodes + 1)), 6)
 
 
 def table(result: Result) -> str:
