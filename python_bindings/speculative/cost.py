@@ -25,6 +25,7 @@ from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
 log = logging.getLogger("blockffn.speculative")
 
+STAY = 1.02  # another draft must promise so much more than the present one
 COMPARE_EVERY, LEARNING = 4, 24  # steps between two comparisons of all plans, once so many drafts were verified
 EXPLORE_EVERY = 12  # drafted steps until another length is measured: one more, one less, twice as many, all,
 EXPLORE_ENOUGH, FAR_WORTH = 4, 0.8  # while it was measured less often, and promises this share of the best rate
@@ -98,7 +99,7 @@ class Policy:
         least.
         """
         known = self.times.count(1)
-        return min(YARDSTICK_EVERY if self._gain > 1.2 else YARDSTICK_EVERY // 8, 2 * 4**known) if known else 0
+        return min(YARDSTICK_EVERY if self._gain > 1.2 else YARDSTICK_EVERY // 4, 2 * 4**known) if known else 0
 
     def _best(self) -> Plan:
         """Return the plan with the most expected tokens per second."""
@@ -106,13 +107,13 @@ class Policy:
         chain, rate = self._best_chain()
         self._gain = rate / best_rate
         if rate > best_rate:
-            best, best_rate = chain, rate
+            best, best_rate = chain, rate * self._stay(chain)
         if best is PLAIN or not self.tree_sizes or self._drafted < LEARNING:
             return best
         rates = self.acceptance.rates()
         for size in self.tree_sizes:
             plan = Plan(size, tree=True)
-            rate = self.trees.expected(size, rates) / self._seconds(plan)
+            rate = self.trees.expected(size, rates) / self._seconds(plan) * self._stay(plan)
             if rate > best_rate:
                 best, best_rate = plan, rate
         return best
@@ -120,8 +121,13 @@ class Policy:
     def _best_chain(self) -> tuple[Plan, float]:
         """Return the chain with the most expected tokens per second, and these."""
         rates = self._chain_rates()
-        best = max(range(len(rates)), key=rates.__getitem__)
+        present = -1 if self._chosen.tree or self._drafted < LEARNING else self._chosen.nodes - 1
+        best = max(range(len(rates)), key=lambda i: rates[i] * (STAY if i == present else 1.0))
         return Plan(1 + best), rates[best]
+
+    def _stay(self, plan: Plan) -> float:
+        """Return the bonus of the present plan: another batch size makes llama.cpp build its graph anew."""
+        return STAY if plan == self._chosen else 1.0
 
     def _chain_rates(self) -> list[float]:
         """Return the expected tokens per second of chains of 1, 2, ... tokens."""
