@@ -7,8 +7,8 @@
 
 llama.cpp evaluates a text, then continues it greedily; the torch reference (blockffn.training.reference) evaluates text
 and continuation once, teacher-forced. Greedy texts are equal exactly when every continued token is the reference's own
-likeliest one, so that the reference needs no cache and no second pass. llama.cpp's cache is float32 here: the default
-float16 cache rounds keys and values to 11 bits, which would hide what conversion and graph do.
+likeliest one, so that the reference needs no cache and no second pass. llama.cpp's cache is float32 here, and attention
+runs without the flash kernel: both round to 11 bits by default, which would hide what conversion and graph do.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def verify(
     import blockffn
 
     with_text = SAMPLE_TEXT if text is None else text
-    llm = blockffn.Llama(str(gguf_path), type_k=FLOAT32, type_v=FLOAT32, ffn=ffn, n_threads=n_threads)
+    llm = blockffn.Llama(str(gguf_path), type_k=FLOAT32, type_v=FLOAT32, flash_attn=False, ffn=ffn, n_threads=n_threads)
     try:
         tokens = _fit(llm.tokenize(with_text.encode(), add_bos=True), llm.n_ctx() - n_greedy)
         return compare(llm, _reference(src), tokens, n_greedy, source=str(src))

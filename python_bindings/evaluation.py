@@ -35,7 +35,11 @@ def batch_size(n_vocab: int) -> int:
 
 
 class Evaluator:
-    """Evaluates token sequences on the weights of `llm`, always from an empty cache. Free it with `close`."""
+    """Evaluates token sequences on the weights of `llm`, always from an empty cache. Free it with `close`.
+
+    Unless the model was given cache types, its cache is float32 and attention runs in float32: what is measured is the
+    model, not the rounding of keys and values to 11 bits.
+    """
 
     def __init__(self, llm: Llama) -> None:
         self._llm = cast("Llama", weakref.proxy(llm))  # the model owns this object
@@ -129,6 +133,9 @@ class Evaluator:
         params.n_seq_max, params.n_outputs_max, params.kv_unified = 1, 0, False
         params.pooling_type = self._low.LLAMA_POOLING_TYPE_NONE
         params.embeddings = False
+        if self._llm.default_cache:
+            params.type_k = params.type_v = self._low.GGML_TYPE_F32
+            params.flash_attn_type = self._low.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with logs.collect() as lines:
             ctx = self._low.llama_init_from_model(self._llm.model, params)
         if not ctx:

@@ -130,6 +130,7 @@ class Llama(Speculative, llama_cpp.Llama):
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = PieceTokenizer(self)
         self.ffn = ffn
+        self.default_cache = kwargs.get("type_k") is None and kwargs.get("type_v") is None
         self.set_up_speculation(drafter, exact)
 
     def close(self) -> None:
