@@ -10,11 +10,8 @@
 #include "union-ffn-kernels.h"
 #include "union-ffn-op.h"
 
-#include <cstring>
-
 namespace {
 
-constexpr int64_t MAX_TILE = 8;
 constexpr int64_t MAX_ROWS = 64;  // of the weight, per piece
 
 struct tiles_plan {
@@ -41,7 +38,7 @@ bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
     p.rows                 = GGML_PAD(std::min(by_tasks, MAX_ROWS), p.w.kernel->rows);
     p.n                    = x->ne[1];
     p.act_size             = p.w.kernel->act_size(p.w, p.w.k);
-    p.thread_size          = union_align(MAX_TILE * MAX_ROWS * p.w.kernel->lanes * sizeof(float));
+    p.thread_size          = union_align(UNION_MAX_TILE * MAX_ROWS * p.w.kernel->lanes * sizeof(float));
     p.total                = p.n * p.act_size + n_tasks * p.thread_size;
     return true;
 }
@@ -53,25 +50,16 @@ void multiply_piece(const tiles_plan & p,
                     int64_t            n_rows,
                     float *            lanes,
                     ggml_tensor *      dst) {
-    const union_kernel & kernel = *p.w.kernel;
-    const char *         rows   = p.w.data + row * p.w.row_size;
-    const char *         next   = kernel.ahead ? rows + kernel.ahead : nullptr;
-    const int64_t        step   = n_rows * kernel.lanes;
-
+    const char *  rows   = p.w.data + row * p.w.row_size;
+    const int64_t stride = dst->nb[1] / sizeof(float);
     for (int64_t t = 0; t < p.n;) {
-        const int64_t n = std::min(kernel.tile, p.n - t);
-        const void *  act[MAX_TILE];
-        float *       acc[MAX_TILE];
+        const int64_t n = union_tile_size(p.n - t, p.w.kernel->tile);
+        const void *  act[UNION_MAX_TILE];
         for (int64_t i = 0; i < n; i++) {
             act[i] = acts + (t + i) * p.act_size;
-            acc[i] = lanes + i * step;
         }
-        memset(lanes, 0, n * step * sizeof(float));
-        kernel.dot(p.w, rows, n_rows, act, n, acc, next);
-        for (int64_t i = 0; i < n; i++) {
-            kernel.reduce(n_rows, acc[i], (float *) ((char *) dst->data + (t + i) * dst->nb[1]) + row);
-        }
-        next = nullptr;  // the tiles after the first find the rows in the cache
+        // the tiles after the first find the rows in the cache
+        union_multiply_rows(p.w, rows, n_rows, act, n, lanes, (float *) dst->data + t * stride + row, stride, t == 0);
         t += n;
     }
 }

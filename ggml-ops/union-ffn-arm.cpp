@@ -161,26 +161,13 @@ void q4_dot(const union_weight & w,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    switch (n_act) {
-        case 1:
-            return q4_dot_tile<product, 1>(w.k, rows, n_rows, act, acc, next);
-        case 2:
-            return q4_dot_tile<product, 2>(w.k, rows, n_rows, act, acc, next);
-        case 3:
-            return q4_dot_tile<product, 3>(w.k, rows, n_rows, act, acc, next);
-        case 4:
-            return q4_dot_tile<product, 4>(w.k, rows, n_rows, act, acc, next);
-        default:
-            GGML_ABORT("tile of %d activation rows", (int) n_act);
-    }
+    union_with_tile<TILE>(
+        n_act, [&](auto tile) { q4_dot_tile<product, decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
 }
 
-void copy_sums(int64_t n_rows, const float * acc, float * out) {
-    std::copy(acc, acc + n_rows, out);
-}
-
-const union_kernel q4_dot_kernel = { "q4_0_4x4", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>,
-                                     copy_sums };
+const union_kernel q4_dot_kernel = {
+    "q4_0_4x4", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>, union_copy_lanes
+};
 
 }  // namespace
 
@@ -190,7 +177,7 @@ const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t int
     }
 #    if defined(__ARM_FEATURE_MATMUL_INT8)
     static const union_kernel q4_mm_kernel = {
-        "q4_0_4x8", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>, copy_sums
+        "q4_0_4x8", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>, union_copy_lanes
     };
     if (inter == 8) {
         return &q4_mm_kernel;

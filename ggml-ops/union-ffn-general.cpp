@@ -67,14 +67,11 @@ void gemv_rows(const union_weight & w,
     }
 }
 
-void copy_sums(int64_t n_rows, const float * acc, float * out) {
-    std::copy(acc, acc + n_rows, out);
-}
-
-const union_kernel vec_dot_kernel = {
-    "vec_dot", 1, 1, 8, 0, general_act_size, general_act_pack, vec_dot_rows, copy_sums
+const union_kernel vec_dot_kernel = { "vec_dot",       1, 1, 8, 0, general_act_size, general_act_pack, vec_dot_rows,
+                                      union_copy_lanes };
+const union_kernel gemv_kernel    = {
+    "gemv", 1, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, union_copy_lanes
 };
-const union_kernel gemv_kernel = { "gemv", 1, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, copy_sums };
 
 const union_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows) {
     const union_kernel * kernel = union_kernel_x86(type, group, inter, k, n_rows);

@@ -9,8 +9,13 @@
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+constexpr int64_t UNION_MAX_TILE = 8;  // of any kernel
 
 struct union_weight;
 
@@ -76,3 +81,48 @@ bool union_weight_get(const ggml_tensor * t, union_weight * w);
 // kernels of a CPU family: NULL means "not handled here", and the general kernel takes over
 const union_kernel * union_kernel_x86(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows);
 const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows);
+
+// dot(N) with n as the constant N, 1 <= n <= MAX: how a kernel reaches its code for a tile of n activation rows
+template <int MAX, typename F> inline void union_with_tile(int64_t n, F && dot) {
+    if constexpr (MAX == 0) {
+        GGML_ABORT("tile of %d activation rows", (int) n);
+    } else if (n == MAX) {
+        dot(std::integral_constant<int, MAX>());
+    } else {
+        union_with_tile<MAX - 1>(n, dot);
+    }
+}
+
+// reduce() of the kernels with one lane
+inline void union_copy_lanes(int64_t n_rows, const float * acc, float * out) {
+    std::copy(acc, acc + n_rows, out);
+}
+
+// tokens are dealt to tiles of nearly equal size, so that none is left with a single token
+inline int64_t union_tile_size(int64_t left, int64_t tile) {
+    const int64_t tiles = (left + tile - 1) / tile;
+    return (left + tiles - 1) / tiles;
+}
+
+// z[t*stride + row] = n_rows rows starting at `rows` times act[t], t < n_act <= tile. lanes: scratch for the sums of all;
+// cold: the rows are not in the cache
+inline void union_multiply_rows(const union_weight & w,
+                                const char *         rows,
+                                int64_t              n_rows,
+                                const void * const * act,
+                                int64_t              n_act,
+                                float *              lanes,
+                                float *              z,
+                                int64_t              stride,
+                                bool                 cold) {
+    const int64_t step                = n_rows * w.kernel->lanes;
+    float *       acc[UNION_MAX_TILE] = {};
+    for (int64_t t = 0; t < n_act; t++) {
+        acc[t] = lanes + t * step;
+    }
+    memset(lanes, 0, n_act * step * sizeof(float));
+    w.kernel->dot(w, rows, n_rows, act, n_act, acc, cold && w.kernel->ahead ? rows + w.kernel->ahead : nullptr);
+    for (int64_t t = 0; t < n_act; t++) {
+        w.kernel->reduce(n_rows, acc[t], z + t * stride);
+    }
+}

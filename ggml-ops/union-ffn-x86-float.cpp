@@ -199,32 +199,18 @@ void float_dot(const union_weight & w,
                int64_t              n_act,
                float * const *      acc,
                const char *         next) {
-    switch (n_act) {
-        case 1:
-            return float_dot_tile<W, 1>(w, rows, n_rows, act, acc, next);
-        case 2:
-            return float_dot_tile<W, 2>(w, rows, n_rows, act, acc, next);
-#    if UNION_AVX512
-        case 3:
-            return float_dot_tile<W, 3>(w, rows, n_rows, act, acc, next);
-        case 4:
-            return float_dot_tile<W, 4>(w, rows, n_rows, act, acc, next);
-#    endif
-        default:
-            GGML_ABORT("tile of %d activation rows", (int) n_act);
-    }
+    union_with_tile<FLOAT_TILE>(
+        n_act, [&](auto tile) { float_dot_tile<W, decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
-void copy_sums(int64_t n_rows, const float * acc, float * out) {
-    std::copy(acc, acc + n_rows, out);
-}
-
-const union_kernel f32_kernel = { "f32",    1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>,
-                                  copy_sums };
-const union_kernel f16_kernel = { "f16",    1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>,
-                                  copy_sums };
+const union_kernel f32_kernel = {
+    "f32", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>, union_copy_lanes
+};
+const union_kernel f16_kernel = {
+    "f16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, union_copy_lanes
+};
 const union_kernel bf16_kernel = {
-    "bf16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, copy_sums
+    "bf16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, union_copy_lanes
 };
 
 }  // namespace

@@ -163,28 +163,8 @@ void q4_dot(const union_weight & w,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    switch (n_act) {
-        case 1:
-            return q4_dot_tile<1>(w.k, rows, n_rows, act, acc, next);
-        case 2:
-            return q4_dot_tile<2>(w.k, rows, n_rows, act, acc, next);
-        case 3:
-            return q4_dot_tile<3>(w.k, rows, n_rows, act, acc, next);
-        case 4:
-            return q4_dot_tile<4>(w.k, rows, n_rows, act, acc, next);
-#    if UNION_AVX512
-        case 5:
-            return q4_dot_tile<5>(w.k, rows, n_rows, act, acc, next);
-        case 6:
-            return q4_dot_tile<6>(w.k, rows, n_rows, act, acc, next);
-        case 7:
-            return q4_dot_tile<7>(w.k, rows, n_rows, act, acc, next);
-        case 8:
-            return q4_dot_tile<8>(w.k, rows, n_rows, act, acc, next);
-#    endif
-        default:
-            GGML_ABORT("tile of %d activation rows", (int) n_act);
-    }
+    union_with_tile<Q4_TILE>(n_act,
+                             [&](auto tile) { q4_dot_tile<decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
 }
 
 void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {

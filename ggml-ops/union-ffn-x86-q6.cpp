@@ -144,26 +144,8 @@ void q6_dot(const union_weight & w,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    switch (n_act) {
-        case 1:
-            return q6_dot_tile<1>(w, rows, n_rows, act, acc, next);
-        case 2:
-            return q6_dot_tile<2>(w, rows, n_rows, act, acc, next);
-        case 3:
-            return q6_dot_tile<3>(w, rows, n_rows, act, acc, next);
-        case 4:
-            return q6_dot_tile<4>(w, rows, n_rows, act, acc, next);
-        case 5:
-            return q6_dot_tile<5>(w, rows, n_rows, act, acc, next);
-        case 6:
-            return q6_dot_tile<6>(w, rows, n_rows, act, acc, next);
-        case 7:
-            return q6_dot_tile<7>(w, rows, n_rows, act, acc, next);
-        case 8:
-            return q6_dot_tile<8>(w, rows, n_rows, act, acc, next);
-        default:
-            GGML_ABORT("tile of %d activation rows", (int) n_act);
-    }
+    union_with_tile<Q6_TILE>(n_act,
+                             [&](auto tile) { q6_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
 void add_lanes(int64_t n_rows, const float * acc, float * out) {

@@ -202,35 +202,11 @@ void q8_dot(const union_weight & w,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    switch (n_act) {
-        case 1:
-            return q8_dot_tile<1>(w, rows, n_rows, act, acc, next);
-        case 2:
-            return q8_dot_tile<2>(w, rows, n_rows, act, acc, next);
-        case 3:
-            return q8_dot_tile<3>(w, rows, n_rows, act, acc, next);
-        case 4:
-            return q8_dot_tile<4>(w, rows, n_rows, act, acc, next);
-#    if UNION_AVX512
-        case 5:
-            return q8_dot_tile<5>(w, rows, n_rows, act, acc, next);
-        case 6:
-            return q8_dot_tile<6>(w, rows, n_rows, act, acc, next);
-        case 7:
-            return q8_dot_tile<7>(w, rows, n_rows, act, acc, next);
-        case 8:
-            return q8_dot_tile<8>(w, rows, n_rows, act, acc, next);
-#    endif
-        default:
-            GGML_ABORT("tile of %d activation rows", (int) n_act);
-    }
+    union_with_tile<Q8_TILE>(n_act,
+                             [&](auto tile) { q8_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
-void copy_sums(int64_t n_rows, const float * acc, float * out) {
-    std::copy(acc, acc + n_rows, out);
-}
-
-const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, 0, int8_act_size, q8_act_pack, q8_dot, copy_sums };
+const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, 0, int8_act_size, q8_act_pack, q8_dot, union_copy_lanes };
 
 }  // namespace
 

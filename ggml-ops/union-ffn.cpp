@@ -17,7 +17,6 @@
 
 namespace {
 
-constexpr int64_t MAX_TILE        = 8;
 constexpr int64_t UP_CHUNK        = 32;        // rows of d per piece; one block of the packed hidden row
 constexpr size_t  HIDDEN_LIMIT    = 8 << 20;   // bytes of packed hidden rows; bounds the tokens of a block
 constexpr int64_t MIN_BLOCK       = 64;        // tokens
@@ -62,7 +61,7 @@ int64_t plan_down_chunk(const union_plan & p, int n_tasks) {
 
 size_t plan_thread_size(const union_plan & p) {
     const int64_t lanes = std::max(p.up.kernel->lanes, p.op.gate ? p.gate.kernel->lanes : 1);
-    const size_t  up    = MAX_TILE * p.up_chunk * (lanes + 2) * sizeof(float);
+    const size_t  up    = UNION_MAX_TILE * p.up_chunk * (lanes + 2) * sizeof(float);
     // the largest chunk for any number of threads, since fewer may come than were planned
     const size_t  down  = std::max(ACC_LIMIT, p.block * DOWN_CHUNK_STEP * p.down.kernel->lanes * sizeof(float));
     return union_align(std::max(up, down));
@@ -228,47 +227,26 @@ void activate(const union_op & op, int64_t n_rows, float mean, float * a) {
     }
 }
 
-// z[t][n_rows] = rows of one expert times n_act activation rows
-void multiply_rows(const union_weight & w,
-                   const char *         rows,
-                   int64_t              n_rows,
-                   const void * const * act,
-                   int64_t              n_act,
-                   float *              lanes,
-                   float *              z,
-                   bool                 cold) {
-    const int64_t step          = n_rows * w.kernel->lanes;
-    float *       acc[MAX_TILE] = {};
-    for (int64_t t = 0; t < n_act; t++) {
-        acc[t] = lanes + t * step;
-    }
-    memset(lanes, 0, n_act * step * sizeof(float));
-    w.kernel->dot(w, rows, n_rows, act, n_act, acc, cold && w.kernel->ahead ? rows + w.kernel->ahead : nullptr);
-    for (int64_t t = 0; t < n_act; t++) {
-        w.kernel->reduce(n_rows, acc[t], z + t * n_rows);
-    }
-}
-
 // rows [row, row + n_rows) of active expert i for pairs [pair, pair + n)
 void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int64_t pair, int64_t n, bool cold) {
     const union_plan & p     = run.p;
     const int64_t      e     = run.active()[i];
     float *            lanes = run.scratch();
-    float *            z     = lanes + (p.thread_size / sizeof(float) - 2 * MAX_TILE * p.up_chunk);
-    float *            gate  = z + MAX_TILE * p.up_chunk;
+    float *            z     = lanes + (p.thread_size / sizeof(float) - 2 * UNION_MAX_TILE * p.up_chunk);
+    float *            gate  = z + UNION_MAX_TILE * p.up_chunk;
 
-    const void * x[MAX_TILE];
+    const void * x[UNION_MAX_TILE];
     for (int64_t t = 0; t < n; t++) {
         x[t] = run.x(run.tokens()[pair + t]);
     }
     const char * rows = p.up.data + e * p.up.expert_size + row * p.up.row_size;
-    multiply_rows(p.up, rows, n_rows, x, n, lanes, z, cold);
+    union_multiply_rows(p.up, rows, n_rows, x, n, lanes, z, n_rows, cold);
     if (p.op.gate) {
         for (int64_t t = 0; t < n; t++) {
             x[t] = run.gate_x(run.tokens()[pair + t]);
         }
         rows = p.gate.data + e * p.gate.expert_size + row * p.gate.row_size;
-        multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, cold);
+        union_multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, n_rows, cold);
     }
     for (int64_t t = 0; t < n; t++) {
         float * u = z + t * n_rows;
@@ -279,12 +257,6 @@ void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int6
         }
         p.down.kernel->act_pack(p.down, p.op.d, row, n_rows, u, run.pair_score()[pair + t], run.hidden(pair + t));
     }
-}
-
-// tokens are dealt to tiles of nearly equal size, so that none is left with a single token
-int64_t tile_size(int64_t left, int64_t tile) {
-    const int64_t tiles = (left + tile - 1) / tile;
-    return (left + tiles - 1) / tiles;
 }
 
 int64_t up_tile_limit(const union_plan & p) {
@@ -306,7 +278,7 @@ int64_t up_phase(const union_run & run) {
         const int64_t end    = run.first()[i + 1];
         bool          cold   = true;  // the tiles after the first find the rows in the cache
         for (int64_t pair = run.first()[i]; pair < end;) {
-            const int64_t n = tile_size(end - pair, tile);
+            const int64_t n = union_tile_size(end - pair, tile);
             up_tile(run, i, row, n_rows, pair, n, cold);
             cold = false;
             pair += n;
@@ -330,9 +302,9 @@ void down_piece(const union_run & run, int64_t row, int64_t n_rows) {
                                  nullptr;
         const int64_t end  = run.first()[i + 1];
         for (int64_t pair = run.first()[i]; pair < end;) {
-            const int64_t n = tile_size(end - pair, p.down.kernel->tile);
-            const void *  act[MAX_TILE];
-            float *       sums[MAX_TILE];
+            const int64_t n = union_tile_size(end - pair, p.down.kernel->tile);
+            const void *  act[UNION_MAX_TILE];
+            float *       sums[UNION_MAX_TILE];
             for (int64_t t = 0; t < n; t++) {
                 act[t]  = run.hidden(pair + t);
                 sums[t] = acc + run.tokens()[pair + t] * step;
