@@ -77,7 +77,7 @@ class Worker:
         self.channel.close()
 
 
-def contenders(draft: str | None, dense: str | None = None) -> list[Contender]:
+def contenders(draft: str | None) -> list[Contender]:
     """Return who takes part; without a draft model, those that need none."""
     found = [Contender("blockffn", "none", ()), Contender("blockffn", "ngram", ("--draft", "ngram"))]
     stock = [Contender("llama_cpp.Llama", "none", ("--stock",))]

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.errors import BlockffnError
 from blockffn.eval.guesses import GuessingDrafter
 from blockffn.eval.model_text import add_model_arguments, model_and_text
 from blockffn.speculative.drafter import Context
@@ -117,8 +117,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BlockffnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(guarded(main))

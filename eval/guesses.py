@@ -16,7 +16,6 @@ of n nodes holds the n likeliest paths, as EAGLE-2's trees do.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from blockffn.speculative.draft import EMPTY, ROOT, Draft
 from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.scripted import best_tree
 
 RANKS = 10  # guesses per token
 
@@ -72,18 +72,10 @@ class GuessingDrafter(Drafter):
     def shape(self, n: int) -> tuple[list[int], list[int], list[int]]:
         """Return parent, rank among siblings and depth (from 0) of each of the `n` likeliest nodes, parents first."""
         if n not in self._shapes:
-            parents: list[int] = []
-            ranks: list[int] = []
+            parents, ranks = best_tree(tuple(self.chances.tolist()), n, depth=n)
             depths: list[int] = []
-            waiting = [(-float(chance), ROOT, rank, 0) for rank, chance in enumerate(self.chances)]
-            heapq.heapify(waiting)
-            while len(parents) < n:
-                chance, parent, rank, depth = heapq.heappop(waiting)
-                for below, share in enumerate(self.chances):
-                    heapq.heappush(waiting, (chance * float(share), len(parents), below, depth + 1))
-                parents.append(parent)
-                ranks.append(rank)
-                depths.append(depth)
+            for parent in parents:
+                depths.append(0 if parent == ROOT else depths[parent] + 1)
             self._shapes[n] = parents, ranks, depths
         return self._shapes[n]
 

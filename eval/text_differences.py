@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.errors import BlockffnError
 from blockffn.eval.guesses import GuessingDrafter
 from blockffn.eval.model_text import Text, add_model_arguments, model_and_text
 from blockffn.speculative.cost import Plan
@@ -162,8 +162,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BlockffnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(guarded(main))

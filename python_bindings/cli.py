@@ -14,7 +14,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import blockffn
@@ -38,9 +38,13 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal number, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    return guarded(lambda: _dispatch(arguments), "--debug" in arguments)
+
+
+def guarded(command: Callable[[], int], debug: bool = False) -> int:
+    """Run a command and return its exit code; what the user can mend is one line on stderr, not a traceback."""
     try:
-        code = _dispatch(arguments)
+        code = command()
         sys.stdout.flush()
         return code
     except BlockffnError as error:

@@ -79,8 +79,7 @@ def test_the_log_of_llama_cli() -> None:
 
 
 def test_llama_cli_fails_with_its_words(tmp_path: Path) -> None:
-    if not (library.directory() / peer_program.NAME).is_file():
-        pytest.skip("llama-cli is not built beside the library")
+    assert (library.directory() / peer_program.NAME).is_file(), "llama-cli is missing: run `make build`"
     with pytest.raises(BlockffnError, match=r"llama-cli ended with code 1: .*model"):
         peer_program.Program(str(tmp_path / "none.gguf"), 1, None, ()).generate("text", 4)
 
