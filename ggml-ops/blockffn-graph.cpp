@@ -174,9 +174,11 @@ bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_
     ggml_tensor *         scores = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_expert, cur->ne[1]);
     ggml_tensor *         op     = build_union(layer, cur, scores);
     ggml_backend_buffer_t buffer = layer.ffn_up_exps->buffer;
-    ggml_backend_dev_t    dev    = buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) :
-                                            ggml_backend_get_device(backend_cpu);
-    return dev && ggml_backend_dev_supports_op(dev, op);
+    ggml_backend_dev_t    dev = buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) : nullptr;
+    if (!dev) {  // the CPU's plain and mapped buffers name no device
+        dev = ggml_backend_get_device(backend_cpu);
+    }
+    return ggml_backend_dev_supports_op(dev, op);
 }
 
 // The sparse FFN: each expert that any token needs is read once, only active pairs are computed.

@@ -123,6 +123,20 @@ def test_union_graph_equals_dense_graph(checkpoint: Any, name: str) -> None:
     dense.close()
 
 
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_the_sparse_op_runs_on_plain_rows(
+    checkpoint: Any, outtype: str, use_mmap: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not only on packed rows: its graph has fewer nodes than the dense one, which computes the same."""
+    name = "block-rms-gqa-42x16"
+    gguf, nodes = to_gguf(checkpoint(name), name, outtype), {}
+    for ffn in ("union", "dense"):
+        blockffn.Llama(gguf, n_ctx=64, ffn=ffn, n_threads=1, use_mmap=use_mmap, verbose=True).close()
+        nodes[ffn] = int(re.findall(r"graph: nodes = (\d+)", capfd.readouterr().err)[-1])
+    assert nodes["union"] < nodes["dense"]
+
+
 def test_both_layouts_of_one_checkpoint_agree(checkpoint: Any) -> None:
     """The dense baseline holds the same weights."""
     folder = checkpoint("deco-nomean-gated")
