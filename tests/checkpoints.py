@@ -58,6 +58,7 @@ class Shape:
     router_scalar: bool = False
     router_fixed: bool = False
     n_dense: int = 1  # leading dense layers
+    embed_std: float = 0.5  # of the embedding; the other matrices turn unit variance into about unit variance
     seed: int = 0
 
     @property
@@ -121,7 +122,7 @@ def canonical_tensors(shape: Shape) -> dict[str, Tensor]:
         std = scale if scale is not None else size[-1] ** -0.5
         tensors[name] = torch.randn(size, generator=generator) * std + mean
 
-    draw("embed", shape.n_vocab, h, scale=0.5)
+    draw("embed", shape.n_vocab, h, scale=shape.embed_std)
     for i in range(shape.n_layer):
         at = f"layers.{i}."
         draw(at + "attn_norm", h, scale=0.1, mean=1.0)
