@@ -1,6 +1,7 @@
 // The graph of one evaluation: see blockffn-model.h.
 
 #include "blockffn-model.h"
+#include "llama-adapter.h"
 
 #include <string>
 
@@ -164,11 +165,25 @@ ggml_tensor * llama_model_blockffn::graph::build_ffn_block(const llama_layer & l
     return y;
 }
 
+// Whether an adapter changes the matrices of the experts.
+static bool has_lora(const llama_adapter_loras & loras, const llama_layer & layer) {
+    for (const auto & lora : loras) {
+        for (ggml_tensor * w : { layer.ffn_up_exps, layer.ffn_gate_exps, layer.ffn_down_exps }) {
+            if (w && lora.first->get_weight(w)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 // Whether this layer runs through the ops: not if the file or the user asks for the dense graph, not while a callback
-// watches the matrix products (imatrix), and only where the device of the weights knows the op.
+// watches the matrix products (imatrix), not with an adapter, whose products only the dense graph has, and only where
+// the device of the weights knows the op.
 bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_tensor * cur) {
     const auto & bf = hparams.blockffn;
-    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || cparams.cb_eval) {
+    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || cparams.cb_eval ||
+        has_lora(*loras, layer)) {
         return false;
     }
     ggml_tensor *         scores = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_expert, cur->ne[1]);
