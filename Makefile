@@ -1,6 +1,7 @@
 # blockffn: `make demo` and `make test` do everything on a fresh machine; the other targets are their parts.
 #   PYTHON         interpreter for the virtual environment (>= 3.10)
-#   BUILD_PROFILE  native (this CPU, default) or portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX)
+#   BUILD_PROFILE  native (this CPU, default) or portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX);
+#                  for us: amx-emulated, amx-free (what a CPU with AMX gets, see ggml-ops/amx-stand-in.h)
 #   JOBS           parallel compile jobs
 
 PYTHON        ?= python3
@@ -27,11 +28,15 @@ ifeq ($(BUILD_PROFILE),native)
 CMAKE_FLAGS += -DGGML_NATIVE=ON
 else ifeq ($(BUILD_PROFILE),portable)
 CMAKE_FLAGS += -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
+else ifneq ($(filter amx-emulated amx-free,$(BUILD_PROFILE)),)
+AMX_FLAGS := -march=sapphirerapids $(if $(filter amx-free,$(BUILD_PROFILE)),-DAMX_STAND_IN_FREE)
+CMAKE_FLAGS += -DGGML_NATIVE=OFF -DCMAKE_C_FLAGS="$(AMX_FLAGS)" \
+               -DCMAKE_CXX_FLAGS="$(AMX_FLAGS) -include $(CURDIR)/ggml-ops/amx-stand-in.h"
 else
-$(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable)
+$(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops test-sanitize test-arm wheel refresh-patches clean
+.PHONY: demo test setup venv tree build lint bench bench-ops test-sanitize test-arm test-amx wheel refresh-patches clean
 
 setup: venv build
 
@@ -113,6 +118,11 @@ test-arm: tree
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick && \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-token-tiles --quick || exit 1; \
 	done
+
+# AMX without a CPU that has it: our tests on a build whose tile instructions are emulated.
+test-amx:
+	$(MAKE) BUILD_PROFILE=amx-emulated build
+	BLOCKFFN_LIB_DIR=build/amx-emulated/bin $(PY) -m pytest
 
 wheel:
 	$(MAKE) BUILD_PROFILE=portable setup
