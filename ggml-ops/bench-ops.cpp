@@ -1,7 +1,8 @@
 // Benchmark of the union FFN against stock ggml: one JSON line per (shape, type, n), after a line with the bandwidth.
 //     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...] [--reps 9]
 // Stock candidates are the dense FFN (layout [h, E*d] and [E*d, h]) and mul_mat_id with as many experts per token as ours
-// has, each in every buffer type that takes it; all candidates run in turn, medians count. Times are per layer.
+// has, each in every buffer type that takes it; all candidates run in turn, --reps rounds (three times as many for few
+// tokens), medians count. Times are per layer.
 // Shapes whose models normalize inside the experts (DECO) time ours a second time with NormSiLU: norm_silu_ms, and the
 // median over the rounds of its ratio to ours with SiLU, as the other candidates have it.
 #include "bench-ops.h"
@@ -201,7 +202,8 @@ bench_row bench_tokens(ggml_backend_t                   backend,
             }
         }
     }
-    for (int rep = 0; rep < args.reps + 1; rep++) {
+    const int reps = n <= MAX_SMALL_N ? 3 * args.reps : args.reps;  // short rounds are the noisy ones
+    for (int rep = 0; rep < reps + 1; rep++) {
         for (candidate & c : all) {
             // between two candidates everything else leaves the caches: they share weights
             bandwidth.push_back(read_bandwidth(stream, args.n_threads));
