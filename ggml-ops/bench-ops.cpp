@@ -147,7 +147,7 @@ candidate make_candidate(kind what, const ffn_weights & w, const ffn_shape & s, 
     return c;
 }
 
-// candidates of a kind that are far behind its best after a first look are not timed further
+// candidates of a kind that are far behind its best after two warm rounds are not timed further
 void drop_slow(std::vector<candidate> & all, kind what) {
     double best = 1e30;
     for (const candidate & c : all) {
@@ -212,7 +212,7 @@ bench_row bench_tokens(ggml_backend_t                   backend,
             const double ms = (now_ms() - start) / n_layers;
             c.ms.push_back(ms);
         }
-        if (rep == 0 || rep == 1) {
+        if (rep == 2) {
             drop_slow(all, kind::dense);
             drop_slow(all, kind::mul_mat_id);
         }
