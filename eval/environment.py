@@ -22,6 +22,7 @@ from blockffn.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("native", "portable")
+AMX_PROFILES = ("amx-emulated", "amx-free")  # the Makefile's; no wheel and no default has them
 
 
 def environment(directory: Path | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def environment(directory: Path | None = None) -> dict[str, Any]:
         "cores": physical_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
-        "profile": profile if profile in PROFILES else "other",
+        "profile": profile if profile in PROFILES + AMX_PROFILES else "other",
     }
 
 
