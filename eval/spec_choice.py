@@ -7,6 +7,7 @@ The model follows a given text (its logits are computed, the next token is the t
 text guesses each token with the given probability. Which tokens it guesses is drawn beforehand, so that all candidates
 meet the same luck: plain decoding (in a model of its own, with one sequence), fixed chains and trees, and the automatic
 choice, which starts knowing nothing. They take turns on every segment of the text, and only whole steps are counted.
+All this is repeated with other luck: the ratios are medians over the repeats, with the lowest and the highest.
 
 Where the first guess is wrong, the second is right with probability 1/2, the third with 1/4, ...: what trees live from.
 Fixed plans that a short calibration finds hopeless are left out; `--all` measures every one. Ends with a line of JSON.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
@@ -38,7 +40,7 @@ ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in TREE_SIZES))
 WORTH = 0.88  # fixed plans that calibration puts below this share of the best one are not measured
-MOST = 5  # nor more than so many
+MOST = 4  # nor more than so many
 
 
 class Ended(Exception):
@@ -122,9 +124,9 @@ class Experiment:
         self.drafting.set_up_speculation(self.drafter(0.5))
         self.seconds = self.calibrate()
 
-    def drafter(self, acceptance: float) -> GuessingDrafter:
-        """Return a drafter that guesses a token with this probability; the draw depends on nothing else."""
-        return GuessingDrafter(self.truth, acceptance, self.drafting.n_vocab())
+    def drafter(self, acceptance: float, seed: int = 0) -> GuessingDrafter:
+        """Return a drafter that guesses a token with this probability; the draw depends on the seed only."""
+        return GuessingDrafter(self.truth, acceptance, self.drafting.n_vocab(), seed)
 
     def candidate(self, name: str, drafter: Drafter, fixed: Plan | None) -> Candidate:
         """Return a way to decode with a policy of its own."""
@@ -159,9 +161,9 @@ class Experiment:
         best = max(rate[order[0]], 1 / self.seconds[PLAIN])
         return [plan for plan in order if plan == order[0] or rate[plan] > WORTH * best][:MOST]
 
-    def measure(self, acceptance: float) -> list[Candidate]:
+    def measure(self, acceptance: float, seed: int) -> list[Candidate]:
         """Let plain decoding, the automatic choice and fixed plans take turns on the text; returned in this order."""
-        drafter = self.drafter(acceptance)
+        drafter = self.drafter(acceptance, seed)
         candidates = [self.candidate("plain", Drafter(), PLAIN), self.candidate("automatic", drafter, None)]
         candidates += [self.candidate(plan_name(plan), drafter, plan) for plan in self.promising(drafter)]
         self.plain.reset()
@@ -189,45 +191,48 @@ def plan_name(plan: Plan) -> str:
     return f"tree {plan.nodes + 1}" if plan.tree else f"chain {plan.nodes}" if plan.nodes else "plain"
 
 
-def compare(acceptance: float, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Return one line of the table: the automatic choice beside the best other candidate and beside plain decoding."""
-    plain, automatic, *_ = candidates
-    best = max((candidate for candidate in candidates if candidate is not automatic), key=lambda one: one.rate)
+def compare(acceptance: float, repeats: Sequence[Sequence[Candidate]]) -> dict[str, Any]:
+    """Return one line of the table: the automatic choice beside the best other candidate and beside plain decoding.
+
+    `repeats`: what `Experiment.measure` returned, several times. The best is the fastest one over all of them.
+    """
+    names = [candidate.name for candidate in repeats[0]]
+    rates = np.array([[candidate.rate for candidate in repeat] for repeat in repeats])  # [repeats, candidates]
+    middle = 1 / (1 / rates).mean(axis=0)  # tokens/s of all repeats together
+    automatic = names.index("automatic")
+    best = max((index for index in range(len(names)) if index != automatic), key=lambda index: middle[index])
     return {
         "acceptance": acceptance,
-        "plain": plain.rate,
-        "best": best.name,
-        "best_rate": best.rate,
-        "automatic": automatic.rate,
-        "to_best": automatic.rate / best.rate,
-        "to_plain": automatic.rate / plain.rate,
-        "error": noise(automatic, best),
-        "error_plain": noise(automatic, plain),
-        "tokens": sum(automatic.tokens),
-        "steps_by_size": dict(sorted(automatic.steps.items())),
-        "switched_off": automatic.loop.policy.switched_off,
-        "rates": {candidate.name: candidate.rate for candidate in candidates},
+        "plain": middle[0],
+        "best": names[best],
+        "best_rate": middle[best],
+        "automatic": middle[automatic],
+        "to_best": spread(rates[:, automatic] / rates[:, best]),
+        "to_plain": spread(rates[:, automatic] / rates[:, 0]),
+        "tokens": sum(repeats[0][automatic].tokens),
+        "steps_by_size": [dict(sorted(repeat[automatic].steps.items())) for repeat in repeats],
+        "switched_off": [repeat[automatic].loop.policy.switched_off for repeat in repeats],
+        "rates": dict(zip(names, middle.tolist(), strict=True)),
     }
 
 
-def noise(one: Candidate, other: Candidate) -> float:
-    """Return the standard error of the ratio of two rates, from its scatter over the segments."""
-    if len(one.tokens) < 2:
-        return float("nan")
-    ratio = (np.array(one.tokens) / one.seconds) / (np.array(other.tokens) / other.seconds)
-    return float(ratio.std(ddof=1) / len(ratio) ** 0.5)
+def spread(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return median, lowest and highest."""
+    return float(np.median(values)), float(values.min()), float(values.max())
 
 
 def line(row: dict[str, Any]) -> str:
     """Return one line of the table."""
     fixed = [f"{name} {rate:.1f}" for name, rate in row["rates"].items() if name not in ("plain", "automatic")]
+    shares = ["{:5.1f} % ({:.1f} to {:.1f})".format(*(100 * value for value in row[key])) for key in RATIOS]
     return (
         f"{row['acceptance']:10.2f} {row['plain']:8.1f} {row['best_rate']:8.1f} {row['best']:<9} "
-        f"{row['automatic']:9.1f} {100 * row['to_best']:7.1f} % {100 * row['to_plain']:7.1f} %   {', '.join(fixed)}"
+        f"{row['automatic']:9.1f}  {shares[0]:<24} {shares[1]:<24} {', '.join(fixed)}"
     )
 
 
-HEAD = "acceptance    plain     best           automatic   of best  of plain   fixed plans, tokens/s"
+RATIOS = ("to_best", "to_plain")
+HEAD = f"acceptance    plain     best           automatic  {'of best':<24} {'of plain':<24} fixed plans, tokens/s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,7 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("one step, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in steps.items()) + f"\n{HEAD}")
     rows = []
     for acceptance in args.acceptance:
-        rows.append(compare(acceptance, experiment.measure(acceptance)))
+        rows.append(
+            compare(
+                acceptance,
+                [experiment.measure(acceptance, seed) for seed in range(args.seed, args.seed + args.repeats)],
+            )
+        )
         print(line(rows[-1]), flush=True)
     print(json.dumps({"environment": where, "step_ms": steps, "rows": rows}))
     return 0
@@ -254,7 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the automatic draft length against the best fixed one")
     add_model_arguments(parser)
     parser.add_argument("--acceptance", type=_rates, default=ACCEPTANCE, metavar="P,P", help="default: 0 to 0.95")
-    parser.add_argument("--tokens", type=count, default=512, metavar="N", help="of each candidate (default: 512)")
+    parser.add_argument("--tokens", type=count, default=1024, metavar="N", help="of a repeat (default: 1024)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="with other luck (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the luck of the first (default: 0)")
     parser.add_argument("--segment", type=count, default=64, metavar="N", help="tokens of one turn (default: 64)")
     parser.add_argument("--past", type=count, default=128, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")

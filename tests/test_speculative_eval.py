@@ -30,13 +30,14 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_choice(stock_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["-m", str(stock_model), "-f", str(text), "-t", "1", "--past", "16", "--tokens", "40", "--segment", "20"]
-    assert spec_choice.main([*command, "--acceptance", "0,1", "--all"]) == 0
+    assert spec_choice.main([*command, "--acceptance", "0,1", "--all", "--repeats", "2"]) == 0
     none, every = last_line(capsys)["rows"]
     assert none["acceptance"] == 0.0 and len(none["rates"]) == 2 + len(spec_choice.PLANS)
     assert none["tokens"] >= 40 and every["tokens"] >= 40
-    assert sum(none["steps_by_size"].values()) == none["tokens"]  # nothing is ever right
-    assert sum(every["steps_by_size"].values()) <= 20  # everything is
-    assert every["to_best"] == pytest.approx(every["automatic"] / every["best_rate"])
+    assert [sum(steps.values()) for steps in none["steps_by_size"]] == 2 * [none["tokens"]]  # nothing is ever right
+    assert max(sum(steps.values()) for steps in every["steps_by_size"]) <= 20  # everything is
+    median, lowest, highest = every["to_best"]
+    assert lowest <= median <= highest and lowest <= every["automatic"] / every["best_rate"] <= highest
 
 
 def test_exact_cost(stock_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,34 +8,37 @@ drafting, how often the i-th drafted token is right, and what trees give.
     >>> policy = Policy(max_nodes=8)
     >>> policy.plan() is PLAIN                       # the yardstick: what a plain step costs
     True
-    >>> policy.times.add(1, 0.010)
+    >>> for _ in range(3):
+    ...     policy.times.add(1, 0.010)
     >>> policy.plan()
-    Plan(nodes=4, tree=False)
+    Plan(nodes=2, tree=False)
 
-It starts with a short draft, and lengthens it as far as drafts turn out right: a drafter that is always wrong costs
-little, one that is always right is soon used fully. docs/speculative.md has the measurements.
+docs/speculative.md has the measurements.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
 log = logging.getLogger("blockffn.speculative")
 
-STAY = 1.02  # another draft must promise so much more than the present one
-COMPARE_EVERY, LEARNING = 4, 24  # steps between two comparisons of all plans, once so many drafts were verified
-EXPLORE_EVERY = 12  # drafted steps until another length is measured: one more, one less, twice as many, all,
-EXPLORE_ENOUGH, FAR_WORTH = 4, 0.8  # while it was measured less often, and promises this share of the best rate
-FAR_COST = 1.3  # or a size of tree that was never verified, if a step with it takes no more than so many of the best
-CHAIN_EVERY, CHAIN_ENOUGH = 24, 60  # drafted steps until a chain is verified although trees seem better; three times as
-# often before so many chains were seen
-YARDSTICK_EVERY = 128  # drafted steps until a plain step is measured again
-FIRST_LENGTH = 4  # of the first chain; chains grow to this multiple of what was accepted at once
-FIRST_TRIAL, LATER_TRIAL = 4, 2  # steps that a drafter gets to show that it is worth its time
-FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # plain steps after a failed trial; doubled with each one
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of the chains that are compared
+STAY = 1.03  # another plan must promise so much more than the present one
+LONGEST_STAY = 32  # steps with one plan between two comparisons, once it is settled
+EXPLORE_EVERY = 32  # drafted steps until another plan than the best is tried for a few steps,
+CURIOSITY = 0.1  # if it would be the best were it so much faster; after n measurements, 1/sqrt(n + 1) of this
+SETTLE = 3  # steps at once with a plan whose time is not known: the first one also builds a new graph
+FIRST_PLAIN, LITTLE = 2, 1.2  # measurements of a plain step before the first draft; a gain that asks for more of them
+PLAIN_STEPS = {True: 6, False: 2}  # measured at once, where drafts gain little and otherwise
+FIRST_YARDSTICK, LAST_YARDSTICK = 8, 256  # drafted steps until plain steps are measured again: doubled each time
+HOPE = 1.0  # speculation is given up when it loses even if the acceptance is so many standard errors higher
+LEAST_TRIAL = 4  # drafted steps before it is given up
+SHARE = 0.02  # of the time, about, that trials may lose
+FIRST_PAUSE, LONGEST_PAUSE = 64, 2048  # plain steps after a failed trial; at least doubled with each one
 
 
 @dataclass(frozen=True)
@@ -52,171 +55,131 @@ PLAIN = Plan()
 class Policy:
     """Chooses the plan of each step.
 
-    Chains of 1 to `max_nodes` tokens are compared by expected tokens per second; trees of `tree_sizes` nodes by the
+    Chains of up to `max_nodes` tokens are compared by expected tokens per second; trees of `tree_sizes` nodes by the
     mean number of tokens that trees of that size gave. With `fixed` the plan never changes.
     """
 
     def __init__(self, max_nodes: int, tree_sizes: tuple[int, ...] = (), fixed: Plan | None = None) -> None:
-        self.max_nodes, self.tree_sizes, self.fixed = max_nodes, tree_sizes, fixed
+        self.chains = [Plan(n) for n in sorted({*(n for n in LENGTHS if n < max_nodes), max_nodes})]
+        self.tree_plans = [Plan(size, tree=True) for size in tree_sizes]
+        self.plans, self.fixed = self.chains + self.tree_plans, fixed
         self.times = StepTimes()
         self.draft_times: dict[bool, StepTimes] = {False: StepTimes(), True: StepTimes()}
         self.acceptance = Acceptance(max_nodes)
         self.trees = TreeGain()
         self.switched_off = 0  # how often speculation was given up
-        self._pause, self._wait = FIRST_PAUSE, 0
-        self._trial, self._trial_accepted = FIRST_TRIAL, 0  # drafted steps left, and what they brought
-        self._longest = FIRST_LENGTH  # chains are not longer than this yet
-        self._drafted = 0  # drafted steps
-        self._since_plain = 0
-        self._gain = 1.0  # of the best plan over plain decoding, expected
-        self._chosen, self._chosen_for = PLAIN, 0  # the last comparison, and for how many steps it still holds
+        self._chosen, self._stay = PLAIN, 0  # the present plan, and for how many steps it still holds
+        self._trial = 0  # steps with a draft since speculation was switched on
+        self._since_plain, self._since_other = 0, 0  # drafted steps since a plain one, since another plan was tried
+        self._yardstick = FIRST_YARDSTICK
+        self._pause = 0  # after the last failed trial
+        self._lost = 0.0  # plain steps that the present trial has cost
 
     def plan(self) -> Plan:
         """Return the plan of the next step."""
         if self.fixed is not None:
             return self.fixed
-        if self._wait > 0:
-            self._wait -= 1
-            if self._wait == 0:
-                self._begin_trial(LATER_TRIAL)
-            return PLAIN
-        if self._since_plain >= self._yardstick_after():
-            return PLAIN
-        if self._chosen_for == 0 or self._chosen is PLAIN:
-            self._chosen, self._chosen_for = self._best(), COMPARE_EVERY if self._drafted >= LEARNING else 1
-        self._chosen_for -= 1
-        if self._chosen is not PLAIN:
-            return self._explored(self._chosen)
-        if self._trial > 0:
-            return Plan(1)
-        self._give_up()
-        return PLAIN
+        if self._stay == 0:
+            self._chosen, self._stay = self._choose()
+        self._stay -= 1
+        return self._chosen
 
-    def _yardstick_after(self) -> int:
-        """Return the number of drafted steps until a plain step is measured: at once, after 8, 32, ... or 128.
+    def _choose(self) -> tuple[Plan, int]:
+        """Return the next plan and for how many steps."""
+        plain = self.times.predict(1)
+        if self.times.count(1) < FIRST_PLAIN:
+            return PLAIN, 1
+        best, rate = self._best(self.acceptance.rates(), self.plans)
+        little = rate * plain < LITTLE
+        if self._since_plain >= self._yardstick * (1 if little else 4):
+            self._yardstick = min(2 * self._yardstick, LAST_YARDSTICK)
+            return PLAIN, PLAIN_STEPS[little]
+        if rate * plain < 1.0:
+            best, rate = self._best(self.acceptance.rates(HOPE), self.plans)
+            if rate * plain < 1.0 and self._trial >= LEAST_TRIAL:
+                return PLAIN, self._give_up()
+            return best, self._settling(best)
+        if self._since_other >= EXPLORE_EVERY:
+            self._since_other = 0
+            other, _ = self._best(self.acceptance.rates(HOPE), self._others(best), CURIOSITY)
+            if other != best:
+                return other, SETTLE
+        return best, max(self._settling(best), min(LONGEST_STAY, self._trial // 2, self.times.count(1 + best.nodes)))
 
-        It is measured often where drafts gain little: then it costs little, and a machine whose speed drifts fools us
-        least.
-        """
-        known = self.times.count(1)
-        return min(YARDSTICK_EVERY if self._gain > 1.2 else YARDSTICK_EVERY // 4, 2 * 4**known) if known else 0
+    def _settling(self, plan: Plan) -> int:
+        """Return the fewest steps with a plan: more where its time is not known yet."""
+        return max(1, SETTLE - self.times.count(1 + plan.nodes))
 
-    def _best(self) -> Plan:
-        """Return the plan with the most expected tokens per second."""
-        best, best_rate = PLAIN, 1.0 / self.times.predict(1)
-        chain, rate = self._best_chain()
-        self._gain = rate / best_rate
-        if rate > best_rate:
-            best, best_rate = chain, rate * self._stay(chain)
-        if best is PLAIN or not self.tree_sizes or self._drafted < LEARNING:
-            return best
-        rates = self.acceptance.rates()
-        for size in self.tree_sizes:
-            plan = Plan(size, tree=True)
-            rate = self.trees.expected(size, rates) / self._seconds(plan) * self._stay(plan)
+    def _others(self, best: Plan) -> list[Plan]:
+        """Return the plans to try beside the best: chains a little longer or shorter and trees; for a tree, chains."""
+        if best.tree:
+            return self.chains
+        at = self.chains.index(best)
+        return self.chains[max(0, at - 1) : at + 2] + self.tree_plans
+
+    def _best(self, rates: list[float], plans: list[Plan], curiosity: float = 0.0) -> tuple[Plan, float]:
+        """Return the plan with the most expected tokens per second and these, given the acceptance by position."""
+        best, best_rate = PLAIN, 0.0
+        tokens, product, position = 1.0, 1.0, 0
+        for plan in plans:
+            if plan.tree:
+                gain = self.trees.hoped(plan.nodes, rates) if curiosity else self.trees.expected(plan.nodes, rates)
+            else:
+                for right in rates[position : plan.nodes]:
+                    product *= right
+                    tokens += product
+                gain, position = tokens, plan.nodes
+            rate = self._bonus(plan, curiosity) * gain / self._seconds(plan)
             if rate > best_rate:
                 best, best_rate = plan, rate
-        return best
-
-    def _best_chain(self) -> tuple[Plan, float]:
-        """Return the chain with the most expected tokens per second, and these."""
-        rates = self._chain_rates()
-        present = -1 if self._chosen.tree or self._drafted < LEARNING else self._chosen.nodes - 1
-        best = max(range(len(rates)), key=lambda i: rates[i] * (STAY if i == present else 1.0))
-        return Plan(1 + best), rates[best]
-
-    def _stay(self, plan: Plan) -> float:
-        """Return the bonus of the present plan: another batch size makes llama.cpp build its graph anew."""
-        return STAY if plan == self._chosen else 1.0
-
-    def _chain_rates(self) -> list[float]:
-        """Return the expected tokens per second of chains of 1, 2, ... tokens."""
-        longest = min(self.max_nodes, self._longest)
-        verify, draft = self.times.table(1 + longest), self.draft_times[False].table(longest)
-        tokens, product, rates = 1.0, 1.0, []
-        for nodes, right in enumerate(self.acceptance.rates()[:longest], start=1):
-            product *= right
-            tokens += product
-            rates.append(tokens / (verify[nodes] + draft[nodes - 1]))
-        return rates
-
-    def _drafting(self, nodes: int, tree: bool) -> float:
-        """Return the expected seconds of drafting; a tree that was never drawn is taken for a chain of four."""
-        known = self.draft_times[tree].predict(nodes)
-        return known if known or not tree else self.draft_times[False].predict(4)
-
-    def _explored(self, best: Plan) -> Plan:
-        """Return `best`, or now and then another plan that would be judged by old or no measurements otherwise."""
-        every = CHAIN_EVERY if self.acceptance.tried > CHAIN_ENOUGH else CHAIN_EVERY // 3
-        if best.tree and self._drafted % every == every - 1:
-            return self._best_chain()[0]
-        if self._drafted % EXPLORE_EVERY != EXPLORE_EVERY - 1:
-            return best
-        tree = self._rare_tree(best)
-        if tree is None and not best.tree:
-            return self._rare_chain(best)
-        return tree or best
-
-    def _rare_chain(self, best: Plan) -> Plan:
-        """Return a chain that is a little or much longer or shorter than `best`, if its time is hardly known."""
-        rates = self._chain_rates()
-        worth = FAR_WORTH * max(rates)
-        lengths = (best.nodes + 1, best.nodes - 1, 2 * best.nodes, len(rates))
-        near = [
-            length
-            for length in lengths
-            if 1 <= length <= len(rates) and (rates[length - 1] > worth or self.times.count(1 + length) == 1)
-        ]  # one measurement is no evidence
-        rare = min(near, key=lambda length: self.times.count(1 + length), default=best.nodes)
-        return Plan(rare) if self.times.count(1 + rare) < EXPLORE_ENOUGH else best
-
-    def _rare_tree(self, best: Plan) -> Plan | None:
-        """Return a tree that costs little more than `best`, of a size that was hardly tried."""
-        longest = FAR_COST * self._seconds(best)
-        sizes = [size for size in self.tree_sizes if self._seconds(Plan(size, tree=True)) < longest]
-        rare = min(sizes, key=self.trees.seen, default=0)
-        return Plan(rare, tree=True) if rare and self.trees.seen(rare) < EXPLORE_ENOUGH - 1 else None
+        return best, best_rate
 
     def _seconds(self, plan: Plan) -> float:
-        return self.times.predict(1 + plan.nodes) + self._drafting(plan.nodes, plan.tree)
+        """Return the expected seconds of a step with a plan, a change of plans included."""
+        change = 0.0 if plan == self._chosen else self.times.switch() / LONGEST_STAY
+        return self.times.predict(1 + plan.nodes) + self._drafting(plan) + change
 
-    def _begin_trial(self, steps: int) -> None:
-        self._trial, self._trial_accepted, self._chosen_for = steps, 0, 0
-        self.acceptance.forget()
+    def _bonus(self, plan: Plan, curiosity: float) -> float:
+        """Return the factor for the present plan, or what is hoped for where a plan is hardly known."""
+        if curiosity:
+            return 1.0 + curiosity / math.sqrt(1 + self.times.count(1 + plan.nodes))
+        return STAY if plan == self._chosen else 1.0
 
-    def _give_up(self) -> None:
+    def _drafting(self, plan: Plan) -> float:
+        """Return the expected seconds of drafting; a tree that was never drawn is taken for a chain of four."""
+        known = self.draft_times[plan.tree].predict(plan.nodes)
+        return known if known or not plan.tree else self.draft_times[False].predict(4)
+
+    def _give_up(self) -> int:
+        """Switch speculation off; return for how many steps."""
         self.switched_off += 1
-        self._wait = self._pause
+        least = 2 * self._pause if self._lost > 0.0 else FIRST_PAUSE
+        self._pause = int(min(max(least, FIRST_PAUSE, self._lost / SHARE), LONGEST_PAUSE))
+        self._lost = 2 * self.times.switch() / self.times.predict(1)  # of the next trial
         log.info(
             "speculation off: %.0f %% of first drafts right, a step of 2 tokens takes %.2f of a plain one; "
             "next trial in %d tokens",
             100 * self.acceptance.rate(0),
             self.times.predict(2) / self.times.predict(1),
-            self._wait,
+            self._pause,
         )
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self.acceptance.forget()
+        self._trial = 0
+        return self._pause
 
     def observe(self, plan: Plan, nodes: int, depth: int, accepted: int) -> None:
         """Learn from a verified step: a draft of `nodes` nodes and `depth` of which `accepted` tokens were right."""
         if nodes == 0:
             self._since_plain = 0
             return
+        self._trial += 1
         self._since_plain += 1
-        self._drafted += 1
+        self._since_other += 1
+        plain = self.times.predict(1)
+        if plain:
+            self._lost += (self.times.predict(1 + nodes) + self._drafting(plan)) / plain - 1 - accepted
         self.trees.fade()
         if plan.tree:
             self.trees.add(plan.nodes, depth, 1 + accepted)
         else:
             self.acceptance.add(depth, accepted)
-            self._longest = max(self._longest, FIRST_LENGTH * accepted)
-        self._judge_trial(accepted)
-
-    def _judge_trial(self, accepted: int) -> None:
-        """Count a step of the trial; a later one that brought nothing at all ends at once."""
-        if self._trial == 0:
-            self._pause = FIRST_PAUSE if accepted else self._pause
-            return
-        self._trial -= 1
-        self._trial_accepted += accepted
-        if self._trial == 0 and self._trial_accepted == 0 and self.switched_off:
-            self._give_up()

@@ -5,7 +5,7 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
 
     >>> from blockffn.speculative.estimates import Acceptance, StepTimes
     >>> times = StepTimes()
-    >>> for tokens, seconds in ((1, 0.010), (4, 0.016)):
+    >>> for tokens, seconds in ((1, 0.010), (1, 0.010), (4, 0.016), (4, 0.016)):
     ...     times.add(tokens, seconds)
     >>> round(times.predict(2), 4)
     0.012
@@ -13,55 +13,88 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
     >>> for _ in range(9):
     ...     acceptance.add(reached=2, accepted=2)
     >>> [round(rate, 2) for rate in acceptance.rates()]
-    [0.9, 0.97]
+    [0.93, 0.96]
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect, insort
 from collections import deque
 
-KEPT = 9  # measurements of one size that count
+KEPT = 40  # measurements of one size that count
+CLOCK = 1e-9  # seconds; nothing takes less
+FOLLOW, LEAP = 0.15, 1.25  # share of a step's surprise that is put down to the machine; what counts at most
 PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step
-PRIOR_RATE, PRIOR_WEIGHT = 0.6, 3.0  # acceptance before any measurement, and how many observations it counts for
+PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
 POSITION_WEIGHT = 8.0  # how many observations the position before counts for
 TREE_WEIGHT = 2.0  # the same for the tokens that a tree gives
 TREE_MEMORY = 400.0  # drafted steps after which evidence about trees counts for a third
 
 
+def median(values: deque[float]) -> float:
+    """Return the median, the lower one of two: what disturbs a measurement makes it longer."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
 class StepTimes:
-    """Seconds of an evaluation by its number of tokens: medians of the last few, interpolated between sizes seen."""
+    """Seconds of an evaluation by its number of tokens: what a size takes relative to the others, times the pace.
+
+    The pace follows every step: a longer context or a busy machine slows all sizes alike, so that a size measured
+    long ago stays comparable. A relative time is a median of the last few, interpolated between sizes seen. The first
+    step of another size than the one before counts only until better is known: llama.cpp builds a new graph for it.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[int, deque[float]] = {}
+        self._pace = 0.0  # seconds of one unit
+        self._last: dict[int, deque[float]] = {}  # tokens -> relative times
         self._median: dict[int, float] = {}
         self._sizes: list[int] = []  # measured ones, ascending
-        self._count: dict[int, int] = {}
+        self._steady: set[int] = set()  # sizes known by other than first steps
+        self._extra: deque[float] = deque(maxlen=KEPT)  # what first steps took beyond the others, relative
+        self._previous = 0
 
     def count(self, tokens: int) -> int:
-        """Return how often this size was measured."""
-        return self._count.get(tokens, 0)
+        """Return how many measurements of this size count."""
+        return len(self._last.get(tokens, ()))
+
+    def begin(self) -> None:
+        """Start a generation: the next step is a first one."""
+        self._previous = 0
+
+    def switch(self) -> float:
+        """Return the seconds that the first step of another size takes beyond those that follow."""
+        return self._pace * max(0.0, median(self._extra)) if self._extra else 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
         """Learn from one evaluation; outliers are outvoted."""
+        first, self._previous = tokens != self._previous, tokens
+        seconds = max(seconds, CLOCK)
+        self._pace = self._pace or seconds
+        relative = seconds / self._pace
         if tokens not in self._last:
             self._last[tokens] = deque(maxlen=KEPT)
             insort(self._sizes, tokens)
         last = self._last[tokens]
-        last.append(seconds)
-        self._median[tokens] = sorted(last)[(len(last) - 1) // 2]
-        self._count[tokens] = self._count.get(tokens, 0) + 1
+        if tokens in self._steady:
+            if first:
+                self._extra.append(relative - self._median[tokens])
+                return
+            surprise = relative / self._median[tokens]
+            self._pace *= min(max(surprise, 1 / LEAP), LEAP) ** FOLLOW
+        elif not first:
+            self._extra.append(last[-1] - relative)
+            self._steady.add(tokens)
+            last.clear()
+        last.append(relative)
+        self._median[tokens] = median(last)
 
     def predict(self, tokens: int) -> float:
         """Return the expected seconds of one size; 0 before the first measurement."""
-        if not self._median:
+        if not self._sizes:
             return 0.0
         known = self._median.get(tokens)
-        return self._between(tokens) if known is None else known
-
-    def table(self, longest: int) -> list[float]:
-        """Return the expected seconds of the sizes 1 to `longest`."""
-        return [self.predict(tokens) for tokens in range(1, longest + 1)]
+        return self._pace * (self._between(tokens) if known is None else known)
 
     def _between(self, tokens: int) -> float:
         """Interpolate between the measured sizes; beyond them the time is a line."""
@@ -93,28 +126,27 @@ class Acceptance:
             self._tried[position] = self._tried[position] * self._keep + 1.0
             self._right[position] = self._right[position] * self._keep + (position < accepted)
 
-    @property
-    def tried(self) -> float:
-        """How many drafts the first rate rests on; old ones count for less."""
-        return self._tried[0]
-
     def rate(self, position: int) -> float:
         """Return the conditional acceptance at `position` (from 0)."""
         return self.rates()[position]
 
-    def rates(self) -> list[float]:
-        """Return the conditional acceptance of every position, each shrunk towards that of the position before."""
+    def rates(self, hope: float = 0.0) -> list[float]:
+        """Return the conditional acceptance of every position, each shrunk towards that of the position before.
+
+        `hope`: so many standard errors above the mean.
+        """
         expected, weight, rates = PRIOR_RATE, PRIOR_WEIGHT, []
         for right, tried in zip(self._right, self._tried, strict=True):
             expected = (right + weight * expected) / (tried + weight)
+            error = math.sqrt(expected * (1.0 - expected) / (tried + weight)) if hope else 0.0
+            rates.append(min(1.0, expected + hope * error))
             weight = POSITION_WEIGHT
-            rates.append(expected)
         return rates
 
     def forget(self) -> None:
-        """Make the past count for little, so that a fresh trial can change the mind quickly."""
+        """Make the past count for less, so that a fresh trial can change the mind quickly."""
         for counts in (self._tried, self._right):
-            counts[:] = [count * 0.2 for count in counts]
+            counts[:] = [0.5 * count for count in counts]
 
 
 class TreeGain:
@@ -128,6 +160,10 @@ class TreeGain:
         self._sum: dict[int, float] = {}
         self._seen: dict[int, float] = {}
         self._levels: dict[int, int] = {}  # of the last tree of each size
+
+    def hoped(self, size: int, rates: list[float]) -> float:
+        """Return the same, but all its levels for a tree that was hardly seen: worth a trial where even so it pays."""
+        return self.expected(size, rates) if self.seen(size) >= TREE_WEIGHT else 1.0 + usual_levels(size)
 
     def seen(self, size: int) -> float:
         """Return how many trees of this size were verified; old ones count for less."""

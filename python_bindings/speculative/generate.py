@@ -29,7 +29,7 @@ import numpy as np
 
 from blockffn import library
 from blockffn.errors import BlockffnError
-from blockffn.speculative.cost import Plan, Policy
+from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.target import Target
@@ -59,9 +59,8 @@ class Speculative:
         target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True)
         sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
         used.attach(self)
-        self._loop = Loop(
-            self, target, used, Policy(min(used.max_nodes, used.max_chain), sizes, plan), _union_counter(self)
-        )
+        policy = Policy(min(used.max_nodes, used.max_chain), sizes, PLAIN if drafter is None else plan)
+        self._loop = Loop(self, target, used, policy, _union_counter(self))
 
     def speculation(self) -> dict[str, Any]:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""

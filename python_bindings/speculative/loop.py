@@ -149,6 +149,7 @@ class Loop:
         started = perf_counter()
         state = self.state
         self.statistics, self._last_step = Statistics(), None
+        self.policy.times.begin()
         known = state.input_ids[: min(state.n_tokens, len(prompt) - 1)]
         differs = np.flatnonzero(known != prompt[: len(known)])
         reuse = int(differs[0]) if len(differs) else len(known)
