@@ -79,24 +79,25 @@ def plot(rows: list[Row], target: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    types = list(dict.fromkeys(row["type"] for row in rows))
-    size = (4 * len(types), 3 * len(shapes) + 0.5)
-    figure, axes = pyplot.subplots(len(shapes), len(types), figsize=size, squeeze=False, sharex=True)
-    for i, shape in enumerate(shapes):
-        for j, kind in enumerate(types):
-            axis = axes[i][j]
-            panel = [row for row in rows if row["shape"] == shape and row["type"] == kind]
-            tokens = [row["n"] for row in panel]
-            for key, label in [
-                ("dense_ms", "stock dense"),
-                ("mul_mat_id_ms", "stock mul_mat_id"),
-                ("ours_ms", "union FFN"),
-            ]:
-                axis.loglog(tokens, [row[key] for row in panel], marker="o", markersize=3, label=label)
-            axis.set_title(f"{shape}, {kind}", fontsize=9)
-            axis.set_xticks(tokens, [str(n) for n in tokens])
-            axis.grid(alpha=0.3)
+    panels = list(dict.fromkeys((row["shape"], row["type"]) for row in rows))
+    columns = min(3, len(panels))
+    size = (4 * columns, 3 * -(-len(panels) // columns) + 0.5)
+    figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=size, squeeze=False)
+    for axis, (shape, kind) in zip(axes.flat, panels, strict=False):
+        panel = [row for row in rows if row["shape"] == shape and row["type"] == kind]
+        tokens = [row["n"] for row in panel]
+        for key, label in [
+            ("dense_ms", "stock dense"),
+            ("mul_mat_id_ms", "stock mul_mat_id"),
+            ("ours_ms", "union FFN"),
+        ]:
+            axis.loglog(tokens, [row[key] for row in panel], marker="o", markersize=3, label=label)
+        axis.set_title(f"{shape}, {kind}", fontsize=9)
+        axis.set_xticks(tokens, [str(n) for n in tokens])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     axes[0][0].legend(fontsize=8)
     axes[-1][0].set_xlabel("tokens at once")
     axes[-1][0].set_ylabel("ms per layer")
