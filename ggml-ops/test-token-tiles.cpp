@@ -121,8 +121,10 @@ int main(int argc, char ** argv) {
 #else
             const bool q4_packed = false, q6 = false;
 #endif
-            t.check({ GGML_TYPE_Q4_0, 96, n_rows, n, true, view }, q4_packed);
-            t.check({ GGML_TYPE_Q4_0, 1024, n_rows, n, true, view }, q4_packed);
+            // upstream's packed products read four tokens at a time as if they were contiguous: no views for them
+            const bool q4_view = view && (q4_packed || n_rows % 8 != 0);
+            t.check({ GGML_TYPE_Q4_0, 96, n_rows, n, true, q4_view }, q4_packed);
+            t.check({ GGML_TYPE_Q4_0, 1024, n_rows, n, true, q4_view }, q4_packed);
             t.check({ GGML_TYPE_Q6_K, 256, n_rows, n, false, view }, q6);
             t.check({ GGML_TYPE_Q6_K, 1792, n_rows, n, false, view }, q6);
             // no kernel of ours: as without the hint
