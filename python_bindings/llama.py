@@ -177,7 +177,7 @@ class Llama(Speculative, llama_cpp.Llama):
         """Give another context of this model the LoRA adapter that the conversation has."""
         if self._lora_adapter is None:
             return
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)  # type: ignore[misc]
         llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale))
 
     def _evaluation(self) -> Evaluator:

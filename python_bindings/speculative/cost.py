@@ -62,6 +62,7 @@ class Policy:
     def __init__(self, max_nodes: int, tree_sizes: tuple[int, ...] = (), fixed: Plan | None = None) -> None:
         self.chains = [Plan(n) for n in sorted({*(n for n in LENGTHS if n < max_nodes), max_nodes})]
         self.tree_plans = [Plan(size, tree=True) for size in tree_sizes]
+        self.max_nodes, self.tree_sizes = max_nodes, tree_sizes
         self.plans, self.fixed = self.chains + self.tree_plans, fixed
         self.times = StepTimes()
         self.draft_times: dict[bool, StepTimes] = {False: StepTimes(), True: StepTimes()}
