@@ -122,7 +122,7 @@ test-arm: tree
 # AMX without a CPU that has it: our tests on a build whose tile instructions are emulated.
 test-amx:
 	$(MAKE) BUILD_PROFILE=amx-emulated build
-	BLOCKFFN_LIB_DIR=build/amx-emulated/bin $(PY) -m pytest
+	BLOCKFFN_LIB_DIR=$(CURDIR)/build/amx-emulated/bin $(PY) -m pytest
 
 wheel:
 	$(MAKE) BUILD_PROFILE=portable setup
