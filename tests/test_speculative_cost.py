@@ -227,7 +227,7 @@ def test_acceptance_forgets() -> None:
         acceptance.add(4, 4)
     assert acceptance.rate(3) > 0.95
     acceptance.forget()
-    for _ in range(60):
+    for _ in range(80):
         acceptance.add(4, 0)
     assert acceptance.rate(0) < 0.5
 
