@@ -18,7 +18,7 @@ from typing import Any
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.eval import bench, planted, planted_files
-from blockffn.eval.environment import PROFILES, environment, profile_directory
+from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
 from blockffn.threads import physical_cores
 
 ACTIVATIONS = ("norm_silu", "silu")
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (BlockffnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}")
+    print(headline(where, threads))
     print(table(rows))
     if options.json:
         print(json.dumps({"environment": where, "rows": rows}))

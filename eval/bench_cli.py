@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_environment(where: dict[str, Any]) -> None:
-    print(f"{where['cpu']}, {where['threads']} threads, profile {where['profile']}, commit {where['commit']}")
+    from blockffn.eval.environment import headline
+
+    print(headline(where, where["threads"]))
     for label, buffers in where["buffers"].items():
         print(f"{label:<6} weights in " + ", ".join(f"{name} {size:.0f} MiB" for name, size in buffers.items()))
     if "tls" in where:

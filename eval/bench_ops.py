@@ -20,7 +20,7 @@ from typing import Any
 
 from blockffn.errors import BlockffnError
 
-from .environment import ROOT, environment
+from .environment import ROOT, environment, headline
 
 Row = dict[str, Any]
 DOCS = ROOT / "docs"
@@ -110,9 +110,7 @@ def write_files(result: dict[str, Any], folder: Path) -> None:
     """Write bench-ops-<profile>.json, .md and .png to `folder`."""
     place = result["environment"]
     stem = f"bench-ops-{place['profile']}"
-    title = (
-        f"{place['cpu']}, profile {place['profile']}, {result['rows'][0]['threads']} threads, commit {place['commit']}"
-    )
+    title = headline(place, result["rows"][0]["threads"])
     table = "\n".join([header(), *(table_line(row) for row in result["rows"])])
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(f"# make bench-ops\n\n{title}, {place['date']}.\n\n{table}\n")

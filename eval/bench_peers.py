@@ -25,7 +25,7 @@ from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.eval import peer_program
 from blockffn.eval.bench_process import Channel
-from blockffn.eval.environment import PROFILES, environment, profile_directory
+from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
 from blockffn.threads import physical_cores
 
 LOOKUP = 10  # tokens, the default of LlamaPromptLookupDecoding
@@ -205,7 +205,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     where = environment(directory) | {"threads": threads, "tokens": args.tokens, "rounds": args.rounds}
-    print(f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}")
+    print(headline(where, threads))
     print(table(rows))
     if args.json:
         print(json.dumps({"environment": where, "rows": rows}))

@@ -26,8 +26,8 @@ def rows(worker: Process, memory: dict[str, float], chosen: Sequence[Phase]) -> 
     """Return the rows of one candidate: medians over all steps, or over the rounds where text was generated."""
     found = []
     for phase in (phase for phase in chosen if phase.suits(worker.candidate)):
-        seconds = np.asarray(worker.seconds[phase])
-        low, middle, high = np.percentile(seconds, [25, 50, 75])
+        seconds = worker.seconds[phase]
+        middle, spread = median_and_spread(seconds)
         row: Row = {
             "model": Path(worker.candidate.path).name,
             "ffn": worker.candidate.ffn,
@@ -35,7 +35,7 @@ def rows(worker: Process, memory: dict[str, float], chosen: Sequence[Phase]) -> 
             "phase": phase.name,
             "n": phase.n,
             "tokens_per_second": (1 if phase.plan else phase.n) / middle,
-            "spread": (high - low) / 2 / middle,
+            "spread": spread,
             "tokens_per_step": 1.0 if phase.name == "decode" else None,
             "acceptance": None,
             "step_ms": 1e3 * middle,
@@ -45,6 +45,12 @@ def rows(worker: Process, memory: dict[str, float], chosen: Sequence[Phase]) -> 
             row |= _speculation(phase, worker.statistics[phase], middle)
         found.append(row | memory)
     return found
+
+
+def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and half the distance of the quartiles over the median."""
+    low, middle, high = np.percentile(seconds, [25, 50, 75])
+    return float(middle), float((high - low) / 2 / middle)
 
 
 def _speculation(phase: Phase, rounds: Sequence[dict[str, Any]], seconds: float) -> Row:

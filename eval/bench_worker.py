@@ -150,8 +150,9 @@ def main() -> int:
         print(json.dumps({"ready": True, "vocab": worker.llm.n_vocab()}), flush=True)
         for line in sys.stdin:
             print(json.dumps(worker.answer(json.loads(line))), flush=True)
-    except BlockffnError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+    except Exception as error:  # whatever it is, whoever asked has to know; a traceback would be lost in a log
+        cause = str(error) if isinstance(error, BlockffnError) else f"{type(error).__name__}: {error}"
+        print(json.dumps({"error": cause}), flush=True)
         return 1
     return 0
 

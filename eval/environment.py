@@ -41,6 +41,11 @@ def environment(directory: Path | None = None) -> dict[str, Any]:
     }
 
 
+def headline(where: dict[str, Any], threads: int) -> str:
+    """Return the line that stands above a table of figures."""
+    return f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}"
+
+
 def profile_directory(profile: str | None) -> Path | None:
     """Return build/<profile>/bin of the checkout; None for None. BlockffnError when it is not built."""
     if profile is None:

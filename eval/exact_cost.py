@@ -21,6 +21,7 @@ import numpy as np
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
+from blockffn.eval.bench_report import median_and_spread
 from blockffn.eval.guesses import GuessingDrafter
 from blockffn.eval.model_text import add_model_arguments, model_and_text
 from blockffn.speculative.drafter import Context
@@ -83,8 +84,8 @@ def measure(modes: Sequence[Mode], rounds: int) -> list[dict[str, Any]]:
 def _row(default: list[float], exact: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, values in zip(MODES, (default, exact), strict=True):
-        low, middle, high = np.percentile(values, [25, 50, 75])
-        row |= {f"{name}_ms": 1e3 * middle, f"{name}_spread": (high - low) / 2 / middle}
+        middle, row[f"{name}_spread"] = median_and_spread(values)
+        row[f"{name}_ms"] = 1e3 * middle
     return row | {"ratio": row["exact_ms"] / row["default_ms"], "samples": len(default)}
 
 
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=count, default=7, metavar="N", help="default: 7")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     args = parser.parse_args(argv)
-    from blockffn.eval.environment import environment
+    from blockffn.eval.environment import environment, headline
 
     path, text = model_and_text(args.shape, args.model, args.file)
     modes = [Mode(path, exact, args.threads, args.past) for exact in (False, True)]
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = measure(modes, args.rounds)
     threads = int(modes[0].llm.n_threads)
     where = environment() | {"threads": threads, "model": Path(path).name, "past": args.past, "rounds": args.rounds}
-    print(f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}; {path}")
+    print(f"{headline(where, threads)}; {path}")
     print("phase          default, ms            exact, ms         exact / default")
     for row in rows:
         print(

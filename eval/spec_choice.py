@@ -238,13 +238,13 @@ HEAD = f"acceptance    plain     best           automatic  {'of best':<24} {'of 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment for every acceptance, print the table and one line of JSON."""
     args = _parser().parse_args(argv)
-    from blockffn.eval.environment import environment
+    from blockffn.eval.environment import environment, headline
 
     settings = Settings(args.past, args.tokens, args.segment, args.all)
     path, text = model_and_text(args.shape, args.model, args.file)
     experiment = Experiment(path, text, args.threads, settings)
     where = environment() | {"threads": experiment.n_threads, "model": Path(path).name} | vars(settings)
-    print(f"{where['cpu']}, {where['threads']} threads, profile {where['profile']}, commit {where['commit']}; {path}")
+    print(f"{headline(where, experiment.n_threads)}; {path}")
     steps = {plan_name(plan): round(1e3 * seconds, 3) for plan, seconds in experiment.seconds.items()}
     print("one step, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in steps.items()) + f"\n{HEAD}")
     rows = []

@@ -103,3 +103,11 @@ def test_a_process_that_dies_says_why(models: PlantedModels) -> None:
     with pytest.raises(BlockffnError, match="ended with code -9"):
         worker.time(Phase("decode", 1, 1))
     worker.close()
+
+
+def test_a_process_that_raises_says_what(models: PlantedModels) -> None:
+    worker = bench.Process(Candidate(str(models.union), "union"), 1, 8, None)
+    worker.ask({"tokens": planted.text(models.shape, 50)})
+    with pytest.raises(BlockffnError, match=r"ValueError: phase: found 'dance'"):
+        worker.time(Phase("dance", 1, 1))
+    worker.close()
