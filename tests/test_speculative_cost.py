@@ -104,7 +104,8 @@ class Simulation:
 @pytest.mark.parametrize(
     ("machine", "draft_cost", "trees"),
     [(machine, draft_cost, ()) for machine in MACHINES for draft_cost in (0.0, 0.1)]
-    + [("union", 0.1, TREES), ("bumpy", 0.0, TREES), ("bumpy", 0.1, TREES), ("1.2b", 0.0, TREES), ("tiny", 0.0, TREES)],
+    + [("union", 0.1, TREES), ("bumpy", 0.0, TREES), ("bumpy", 0.1, TREES), ("1.2b", 0.0, TREES), ("tiny", 0.0, TREES)]
+    + [("tiny", 0.4, ())],  # as the bundled head beside the bundled model
 )
 def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float, trees: tuple[int, ...]) -> None:
     for p in (0.0, 0.3, 0.6, 0.8, 0.9 if trees else 0.95):
@@ -114,7 +115,7 @@ def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float
             found = simulation.seconds(Policy(16, trees))
             to_best.append(found / simulation.best_fixed(trees))
             to_plain.append(found / simulation.seconds(Policy(16, fixed=PLAIN)))
-        assert np.mean(to_best) < 1.05, (p, to_best)
+        assert np.mean(to_best) < 1.05 and max(to_best) < 1.15, (p, to_best)
         assert max(to_plain) < 1.03, (p, to_plain)
 
 
@@ -227,7 +228,7 @@ def test_acceptance_forgets() -> None:
         acceptance.add(4, 4)
     assert acceptance.rate(3) > 0.95
     acceptance.forget()
-    for _ in range(80):
+    for _ in range(60):
         acceptance.add(4, 0)
     assert acceptance.rate(0) < 0.5
 
@@ -257,7 +258,7 @@ def test_starts_with_the_yardstick_and_grows_with_success() -> None:
     while policy.plan() is PLAIN:
         policy.times.add(1, 1.0)
         assert policy.times.count(1) < 4
-    for _ in range(20):
+    for _ in range(10):
         plan = policy.plan()
         lengths.append(plan.nodes)
         policy.times.add(1 + plan.nodes, 1.0)

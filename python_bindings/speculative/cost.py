@@ -32,12 +32,12 @@ LONGEST_STAY = 32  # steps with one plan between two comparisons, once it is set
 EXPLORE_EVERY = 32  # drafted steps until another plan than the best is tried for a few steps,
 CURIOSITY = 0.1  # if it would be the best were it so much faster; after n measurements, 1/sqrt(n + 1) of this
 SETTLE = 3  # steps at once with a plan whose time is not known: the first one also builds a new graph
-FIRST_PLAIN, LITTLE = 2, 1.2  # measurements of a plain step before the first draft; a gain that asks for more of them
-PLAIN_STEPS = {True: 6, False: 2}  # measured at once, where drafts gain little and otherwise
-FIRST_YARDSTICK, LAST_YARDSTICK = 8, 256  # drafted steps until plain steps are measured again: doubled each time
+FIRST_PLAIN = 2  # measurements of a plain step before the first draft
+YARDSTICK = 10  # plain steps at once when they are measured again: the later ones are what plain decoding is like
+OFTEN = 16  # drafted steps between two such measurements, at least
 HOPE = 1.0  # speculation is given up when it loses even if the acceptance is so many standard errors higher
 LEAST_TRIAL = 4  # drafted steps before it is given up
-SHARE = 0.02  # of the time, about, that trials may lose
+SHARE = 0.02  # of the time that yardsticks may take, and trials may lose
 FIRST_PAUSE, LONGEST_PAUSE = 64, 2048  # plain steps after a failed trial; at least doubled with each one
 
 
@@ -61,9 +61,8 @@ class Policy:
 
     def __init__(self, max_nodes: int, tree_sizes: tuple[int, ...] = (), fixed: Plan | None = None) -> None:
         self.chains = [Plan(n) for n in sorted({*(n for n in LENGTHS if n < max_nodes), max_nodes})]
-        self.tree_plans = [Plan(size, tree=True) for size in tree_sizes]
-        self.max_nodes, self.tree_sizes = max_nodes, tree_sizes
-        self.plans, self.fixed = self.chains + self.tree_plans, fixed
+        self.plans = self.chains + [Plan(size, tree=True) for size in tree_sizes]
+        self.max_nodes, self.tree_sizes, self.fixed = max_nodes, tree_sizes, fixed
         self.times = StepTimes()
         self.draft_times: dict[bool, StepTimes] = {False: StepTimes(), True: StepTimes()}
         self.acceptance = Acceptance(max_nodes)
@@ -72,7 +71,6 @@ class Policy:
         self._chosen, self._stay = PLAIN, 0  # the present plan, and for how many steps it still holds
         self._trial = 0  # steps with a draft since speculation was switched on
         self._since_plain, self._since_other = 0, 0  # drafted steps since a plain one, since another plan was tried
-        self._yardstick = FIRST_YARDSTICK
         self._pause = 0  # after the last failed trial
         self._lost = 0.0  # plain steps that the present trial has cost
 
@@ -90,19 +88,20 @@ class Policy:
         plain = self.times.predict(1)
         if self.times.count(1) < FIRST_PLAIN:
             return PLAIN, 1
-        best, rate = self._best(self.acceptance.rates(), self.plans)
-        little = rate * plain < LITTLE
-        if self._since_plain >= self._yardstick * (1 if little else 4):
-            self._yardstick = min(2 * self._yardstick, LAST_YARDSTICK)
-            return PLAIN, PLAIN_STEPS[little]
+        best, rate = self._best(self.acceptance.rates())
+        loss = YARDSTICK * max(0.0, rate * plain - 1.0) + 2 * self.times.switch() / plain  # in plain steps
+        if self._since_plain >= max(OFTEN, loss / SHARE):
+            return PLAIN, YARDSTICK
         if rate * plain < 1.0:
-            best, rate = self._best(self.acceptance.rates(HOPE), self.plans)
-            if rate * plain < 1.0 and self._trial >= LEAST_TRIAL:
+            best, rate = self._best(self.acceptance.rates(HOPE))
+            if rate * plain >= 1.0:
+                return best, self._settling(best)
+            if self._trial >= LEAST_TRIAL:
                 return PLAIN, self._give_up()
-            return best, self._settling(best)
+            return self.chains[0], 1  # the cheapest way to look again
         if self._since_other >= EXPLORE_EVERY:
             self._since_other = 0
-            other, _ = self._best(self.acceptance.rates(HOPE), self._others(best), CURIOSITY)
+            other, _ = self._best(self.acceptance.rates(HOPE), CURIOSITY)
             if other != best:
                 return other, SETTLE
         return best, max(self._settling(best), min(LONGEST_STAY, self._trial // 2, self.times.count(1 + best.nodes)))
@@ -111,18 +110,11 @@ class Policy:
         """Return the fewest steps with a plan: more where its time is not known yet."""
         return max(1, SETTLE - self.times.count(1 + plan.nodes))
 
-    def _others(self, best: Plan) -> list[Plan]:
-        """Return the plans to try beside the best: chains a little longer or shorter and trees; for a tree, chains."""
-        if best.tree:
-            return self.chains
-        at = self.chains.index(best)
-        return self.chains[max(0, at - 1) : at + 2] + self.tree_plans
-
-    def _best(self, rates: list[float], plans: list[Plan], curiosity: float = 0.0) -> tuple[Plan, float]:
+    def _best(self, rates: list[float], curiosity: float = 0.0) -> tuple[Plan, float]:
         """Return the plan with the most expected tokens per second and these, given the acceptance by position."""
         best, best_rate = PLAIN, 0.0
         tokens, product, position = 1.0, 1.0, 0
-        for plan in plans:
+        for plan in self.plans:
             if plan.tree:
                 gain = self.trees.hoped(plan.nodes, rates) if curiosity else self.trees.expected(plan.nodes, rates)
             else:

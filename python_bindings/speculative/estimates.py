@@ -135,10 +135,10 @@ class Acceptance:
 
         `hope`: so many standard errors above the mean.
         """
-        expected, weight, rates = PRIOR_RATE, PRIOR_WEIGHT, []
+        expected, weight, rates, total = PRIOR_RATE, PRIOR_WEIGHT, [], sum(self._tried)
         for right, tried in zip(self._right, self._tried, strict=True):
             expected = (right + weight * expected) / (tried + weight)
-            error = math.sqrt(expected * (1.0 - expected) / (tried + weight)) if hope else 0.0
+            error = math.sqrt(expected * (1.0 - expected) / (total + weight)) if hope else 0.0
             rates.append(min(1.0, expected + hope * error))
             weight = POSITION_WEIGHT
         return rates
@@ -146,7 +146,7 @@ class Acceptance:
     def forget(self) -> None:
         """Make the past count for less, so that a fresh trial can change the mind quickly."""
         for counts in (self._tried, self._right):
-            counts[:] = [0.5 * count for count in counts]
+            counts[:] = [0.2 * count for count in counts]
 
 
 class TreeGain:
