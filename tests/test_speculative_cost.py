@@ -15,6 +15,7 @@ from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
 TOKENS, SEEDS = 2000, 3
+PERIOD = 200
 TREES = (8, 16, 31)
 LEVELS = 3  # of a tree whose drafting costs time: one evaluation of the head for each
 
@@ -25,7 +26,7 @@ class Machine:
 
     cost: Callable[[int], float]
     change: float = 0.05  # of the first step of another size
-    growth: float = 1.0  # of all times over the text
+    attention: float = 0.0  # what each token of a step costs more at the end of the text
     noise: float = 0.03
 
 
@@ -44,17 +45,25 @@ MACHINES = {
     "bumpy": Machine(
         measured({1: 1.13, 2: 1.35, 3: 1.65, 5: 1.95, 6: 2.1, 7: 2.4, 9: 2.95, 13: 3.6, 17: 4.4, 32: 6.4})
     ),
-    "1.2b": Machine(measured(LARGE), 0.03, 1.8, 0.07),  # as the models of docs/speculative.md in 1000 tokens
+    "1.2b": Machine(measured(LARGE), 0.03, 1.1, 0.07),  # as the models of docs/speculative.md
     "tiny": Machine(measured(SMALL), 0.48, 1.8, 0.1),
 }
 
 
 class Simulation:
-    """A drafter of known luck on a machine of known cost; the policy sees times as noisy as real ones."""
+    """A drafter of known luck on a machine of known cost; the policy sees times as noisy as real ones.
 
-    def __init__(self, machine: Machine, draft_cost: float, p: float, seed: int, tokens: int = TOKENS) -> None:
+    p: how often a first guess is right; two rates take turns, `PERIOD` tokens each.
+    """
+
+    def __init__(
+        self, machine: Machine, draft_cost: float, p: float | tuple[float, float], seed: int, tokens: int = TOKENS
+    ) -> None:
         self.machine, self.draft_cost, self.seed, self.tokens = machine, draft_cost, seed, tokens
-        self.drafter = GuessingDrafter(range(tokens + 100), p, 2 * tokens + 200, seed)
+        rates = p if isinstance(p, tuple) else (p, p)
+        drafters = [GuessingDrafter(range(tokens + 100), rate, 2 * tokens + 200, seed) for rate in rates]
+        self.steady, self.drafter = rates[0] == rates[1], drafters[0]
+        self.drafter.right = [drafters[at // PERIOD % 2].right[at] for at in range(tokens + 100)]
 
     def seconds(self, policy: Policy) -> float:
         """Return the seconds per token, noise left out."""
@@ -64,7 +73,7 @@ class Simulation:
             plan = policy.plan()
             accepted, depth = self.verify(produced, plan)
             verifying = self.machine.cost(1 + plan.nodes) + (self.machine.change if plan != before else 0.0)
-            verifying *= self.machine.growth ** (produced / self.tokens)
+            verifying += self.machine.attention * (1 + plan.nodes) * produced / self.tokens
             before, drafting = plan, 0.0
             if plan.nodes:
                 drafting = self.draft_cost * (depth if plan.tree else plan.nodes)
@@ -97,7 +106,7 @@ class Simulation:
         plans = [PLAIN, *map(Plan, (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)), *(Plan(size, True) for size in trees)]
         cost = self.machine.cost
         expected = {plan: self.drafter.expected(plan.nodes, plan.tree) / cost(1 + plan.nodes) for plan in plans}
-        worth = 0.8 * max(expected.values()) if not self.draft_cost else 0.0
+        worth = 0.8 * max(expected.values()) if self.steady and not self.draft_cost else 0.0
         return min(self.seconds(Policy(16, fixed=plan)) for plan in plans if expected[plan] >= worth)
 
 
@@ -116,7 +125,21 @@ def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float
             to_best.append(found / simulation.best_fixed(trees))
             to_plain.append(found / simulation.seconds(Policy(16, fixed=PLAIN)))
         assert np.mean(to_best) < 1.05 and max(to_best) < 1.15, (p, to_best)
-        assert max(to_plain) < 1.03, (p, to_plain)
+        assert max(to_plain) < (1.05 if draft_cost > 0.1 else 1.03), (p, to_plain)
+
+
+@pytest.mark.parametrize("machine", ["1.2b", "tiny", "union", "flat"])
+def test_bursts_of_luck(machine: str) -> None:
+    """Where the text changes every 200 tokens, no fixed plan is better by 5 %, and plain decoding not by 3 %."""
+    for rates in ((0.95, 0.1), (0.1, 0.95)):
+        to_best, to_plain = [], []
+        for seed in range(SEEDS):
+            simulation = Simulation(MACHINES[machine], 0.0, rates, seed)
+            found = simulation.seconds(Policy(16))
+            to_best.append(found / simulation.best_fixed(()))
+            to_plain.append(found / simulation.seconds(Policy(16, fixed=PLAIN)))
+        assert np.mean(to_best) < 1.05, (rates, to_best)
+        assert max(to_plain) < 1.03, (rates, to_plain)
 
 
 def test_switching_off_is_logged_once_per_trial_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +257,7 @@ def test_acceptance_forgets() -> None:
 
 
 def test_hope_fades_with_evidence() -> None:
-    acceptance, hopes = Acceptance(2), []
+    acceptance, hopes = Acceptance(2, memory=200.0), []
     for _ in range(3):
         hopes.append(acceptance.rates(hope=1.0)[0] - acceptance.rates()[0])
         for right in [1, 0, 0, 0] * 8:

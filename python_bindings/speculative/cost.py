@@ -28,14 +28,14 @@ log = logging.getLogger("blockffn.speculative")
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of the chains that are compared
 STAY = 1.03  # another plan must promise so much more than the present one
-LONGEST_STAY = 32  # steps with one plan between two comparisons, once it is settled
+LONGEST_STAY = 8  # steps with one plan between two comparisons, once it is settled
 EXPLORE_EVERY = 32  # drafted steps until another plan than the best is tried for a few steps,
 CURIOSITY = 0.1  # if it would be the best were it so much faster; after n measurements, 1/sqrt(n + 1) of this
 SETTLE = 3  # steps at once with a plan whose time is not known: the first one also builds a new graph
 FIRST_PLAIN = 2  # measurements of a plain step before the first draft
 YARDSTICK = 10  # plain steps at once when they are measured again: the later ones are what plain decoding is like
-OFTEN = 16  # drafted steps between two such measurements, at least
-HOPE = 1.0  # speculation is given up when it loses even if the acceptance is so many standard errors higher
+OFTEN = 32  # such steps take the drafts between two measurements, at least
+HOPE = 0.7  # speculation is given up when it loses even if the acceptance is so many standard errors higher
 LEAST_TRIAL = 4  # drafted steps before it is given up
 SHARE = 0.02  # of the time that yardsticks may take, and trials may lose
 FIRST_PAUSE, LONGEST_PAUSE = 64, 2048  # plain steps after a failed trial; at least doubled with each one
@@ -70,7 +70,8 @@ class Policy:
         self.switched_off = 0  # how often speculation was given up
         self._chosen, self._stay = PLAIN, 0  # the present plan, and for how many steps it still holds
         self._trial = 0  # steps with a draft since speculation was switched on
-        self._since_plain, self._since_other = 0, 0  # drafted steps since a plain one, since another plan was tried
+        self._since_plain = 0.0  # what the drafted steps since a plain one took, in plain steps
+        self._since_other = 0  # drafted steps since another plan was tried
         self._pause = 0  # after the last failed trial
         self._lost = 0.0  # plain steps that the present trial has cost
 
@@ -163,14 +164,15 @@ class Policy:
     def observe(self, plan: Plan, nodes: int, depth: int, accepted: int) -> None:
         """Learn from a verified step: a draft of `nodes` nodes and `depth` of which `accepted` tokens were right."""
         if nodes == 0:
-            self._since_plain = 0
+            self._since_plain = 0.0
             return
         self._trial += 1
-        self._since_plain += 1
         self._since_other += 1
         plain = self.times.predict(1)
         if plain:
-            self._lost += (self.times.predict(1 + nodes) + self._drafting(plan)) / plain - 1 - accepted
+            took = (self.times.predict(1 + nodes) + self._drafting(plan)) / plain
+            self._since_plain += took
+            self._lost += took - 1 - accepted
         self.trees.fade()
         if plan.tree:
             self.trees.add(plan.nodes, depth, 1 + accepted)

@@ -27,6 +27,7 @@ CLOCK = 1e-9  # seconds; nothing takes less
 FOLLOW, LEAP = 0.15, 1.25  # share of a step's surprise that is put down to the machine; what counts at most
 PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
+MEMORY = 20.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
 POSITION_WEIGHT = 8.0  # how many observations the position before counts for
 TREE_WEIGHT = 2.0  # the same for the tokens that a tree gives
 TREE_MEMORY = 400.0  # drafted steps after which evidence about trees counts for a third
@@ -113,9 +114,9 @@ class StepTimes:
 
 
 class Acceptance:
-    """How often the i-th token of a draft is right when those before it were, with old steps slowly forgotten."""
+    """How often the i-th token of a draft is right when those before it were, with old steps forgotten."""
 
-    def __init__(self, positions: int, memory: float = 200.0) -> None:
+    def __init__(self, positions: int, memory: float = MEMORY) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._tried = [0.0] * positions
         self._right = [0.0] * positions
