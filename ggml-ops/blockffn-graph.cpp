@@ -211,9 +211,13 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
                                                                                ggml_tensor *       cur,
                                                                                bool                sparse,
                                                                                int                 il) {
-    const auto &  bf     = hparams.blockffn;
-    ggml_tensor * logits = ggml_mul_mat(ctx0, layer.ffn_gate_inp, cur);  // [n_expert, n_tokens]
-    ggml_prec_set_acc(logits, GGML_PREC_F32);
+    const auto &  bf      = hparams.blockffn;
+    ggml_tensor * logits  = build_lora_mm(layer.ffn_gate_inp, cur);  // [n_expert, n_tokens]
+    ggml_tensor * product = logits;
+    while (product->op == GGML_OP_ADD) {                             // of an adapter
+        product = product->src[0];
+    }
+    ggml_prec_set_acc(product, GGML_PREC_F32);
     cb(logits, "ffn_router_logits", il);
 
     if (!sparse) {

@@ -241,29 +241,36 @@ def test_only_wanted_rows_cost_the_head(llm: blockffn.Llama) -> None:
     single.close()
 
 
-def test_an_adapter_of_the_experts_counts(tmp_path: Path) -> None:
-    """A LoRA on expert matrices, which the sparse op does not see: the same as a checkpoint with it merged."""
-    rng, rank = np.random.default_rng(0), 4
-    a = rng.normal(size=(7, rank, 64)).astype(np.float32)  # [experts, rank, n_embd]
-    b = rng.normal(size=(7, 32, rank), scale=0.05).astype(np.float32)  # [experts, d, rank]
+ADAPTED = {  # kind -> name in GGUF, part of the name in the checkpoint, shape of a product of rank 4
+    "experts": ("ffn_up_exps", "mlp.up_proj", (7, 32, 64)),
+    "router": ("ffn_gate_inp", "mlp.router_proj", (7, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", list(ADAPTED))
+def test_an_adapter_counts(tmp_path: Path, kind: str) -> None:
+    """A LoRA on the router, or on expert matrices, which the sparse op does not see: as a checkpoint with it merged."""
+    rng, rank, (name, part, shape) = np.random.default_rng(0), 4, ADAPTED[kind]
+    a = rng.normal(size=(*shape[:-2], rank, shape[-1])).astype(np.float32)
+    b = rng.normal(size=(*shape[:-1], rank), scale=0.05).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "blockffn")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))
-    writer.add_tensor("blk.0.ffn_up_exps.weight.lora_a", a)
-    writer.add_tensor("blk.0.ffn_up_exps.weight.lora_b", b)
+    writer.add_tensor(f"blk.0.{name}.weight.lora_a", a)
+    writer.add_tensor(f"blk.0.{name}.weight.lora_b", b)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
     def merge(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if "layers.0.mlp.up_proj" in name)  # [experts * d, n_embd]
-        tensors[name] += torch.from_numpy((b @ a).reshape(-1, 64))
+        found = next(found for found in tensors if f"layers.0.{part}" in found)
+        tensors[found] += torch.from_numpy((b @ a).reshape(tensors[found].shape))
 
-    for name, edit in (("plain", None), ("merged", merge)):
-        source = write_checkpoint(tmp_path / name, edit=edit)
-        blockffn.convert.convert_checkpoint(source, tmp_path / f"{name}.gguf", outtype="f32")
+    for file, edit in (("plain", None), ("merged", merge)):
+        source = write_checkpoint(tmp_path / file, edit=edit)
+        blockffn.convert.convert_checkpoint(source, tmp_path / f"{file}.gguf", outtype="f32")
     plain, merged = opened_with(tmp_path / "plain.gguf"), opened_with(tmp_path / "merged.gguf")
     assert nmse(opened_with(tmp_path / "plain.gguf", lora_path=str(tmp_path / "adapter.gguf")), merged) < 1e-9
     assert nmse(plain, merged) > 1e-3
