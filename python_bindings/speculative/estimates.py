@@ -22,9 +22,10 @@ import math
 from bisect import bisect, insort
 from collections import deque
 
-KEPT = 40  # measurements of one size that count
+KEPT = 30  # measurements of one size that count
 CLOCK = 1e-9  # seconds; nothing takes less
-FOLLOW, LEAP = 0.15, 1.25  # share of a step's surprise that is put down to the machine; what counts at most
+FOLLOW, LEAP = 0.6, 1.05  # share of a step's surprise that is put down to the machine; what counts of it at most: what
+# disturbs a step makes it longer, never shorter, and the pace would creep up with every outlier
 PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
 MEMORY = 20.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
@@ -41,9 +42,10 @@ def median(values: deque[float]) -> float:
 class StepTimes:
     """Seconds of an evaluation by its number of tokens: what a size takes relative to the others, times the pace.
 
-    The pace follows every step: a longer context or a busy machine slows all sizes alike, so that a size measured
-    long ago stays comparable. A relative time is a median of the last few, interpolated between sizes seen. The first
-    step of another size than the one before counts only until better is known: llama.cpp builds a new graph for it.
+    The pace follows every step: a busy machine, and to a part a longer context, slows all sizes alike, so that a size
+    measured long ago stays comparable. A relative time is a median of the last few, interpolated between sizes seen.
+    The first step of another size than the one before counts only until better is known: llama.cpp builds a new graph
+    for it.
     """
 
     def __init__(self) -> None:
