@@ -1,4 +1,4 @@
-"""What the choice of a draft is based on, learned while generating, with slow forgetting.
+"""What the choice of a draft is based on, learned while generating; what is old is forgotten.
 
 `StepTimes`: the time of an evaluation by its number of tokens. `Acceptance`: how often the i-th drafted token is right,
 given that those before it were. `TreeGain`: how many tokens a tree of some size gives.

@@ -261,7 +261,7 @@ class Loop:
         nodes, accepted = len(draft), len(path)
         if self.drafter.wants_hidden:
             states = self.target.hidden()
-            rows = states[: 1 + accepted] if draft.is_chain else states[[0, *(1 + node for node in path)]]
+            rows = states[[0, *(1 + node for node in path)]]
             self.drafter.hidden(text.tokens, self.state.n_tokens - 1 - accepted, rows)
         self.target.keep(path, nodes)
         depth = nodes if draft.is_chain else int(draft.depth().max())
