@@ -40,7 +40,7 @@ ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in TREE_SIZES))
 WORTH = 0.88  # fixed plans that calibration puts below this share of the best one are not measured
-MOST = 4  # nor more than so many
+MOST = 5  # nor more than so many
 
 
 class Ended(Exception):

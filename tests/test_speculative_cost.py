@@ -35,7 +35,7 @@ def measured(points: dict[int, float]) -> Callable[[int], float]:
 
 
 LARGE = {1: 1.0, 2: 1.43, 3: 1.67, 4: 2.05, 5: 2.6, 6: 3.2, 7: 3.5, 9: 4.4, 13: 6.0, 17: 7.6, 32: 15.0}
-SMALL = {1: 1.0, 2: 1.43, 3: 1.94, 4: 2.4, 5: 2.7, 6: 3.0, 7: 3.4, 9: 4.85, 13: 5.8, 17: 7.9, 32: 17.0}
+SMALL = {1: 1.0, 2: 1.25, 3: 1.52, 4: 1.75, 5: 2.04, 6: 2.38, 7: 2.75, 9: 3.3, 11: 3.83, 13: 4.6, 17: 5.6, 32: 10.0}
 MACHINES = {
     "flat": Machine(lambda n: 1 + 0.02 * (n - 1)),  # verification nearly free
     "union": Machine(lambda n: 1 + 0.25 * (n - 1)),
@@ -45,8 +45,9 @@ MACHINES = {
     "bumpy": Machine(
         measured({1: 1.13, 2: 1.35, 3: 1.65, 5: 1.95, 6: 2.1, 7: 2.4, 9: 2.95, 13: 3.6, 17: 4.4, 32: 6.4})
     ),
-    "1.2b": Machine(measured(LARGE), 0.03, 1.1, 0.07),  # as the models of docs/speculative.md
-    "tiny": Machine(measured(SMALL), 0.48, 1.8, 0.1),
+    "1.2b": Machine(measured(LARGE), 0.03, 1.1, 0.07),  # this and the next: the models of docs/speculative.md
+    "tiny": Machine(measured(SMALL), 0.6, 0.5, 0.1),
+    "long": Machine(measured(SMALL), 0.6, 1.8, 0.1),  # a text that slows its steps more
 }
 
 
@@ -130,18 +131,18 @@ def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float
     for p in (0.0, 0.3, 0.6, 0.8, 0.9 if trees else 0.95):
         texts = [Simulation(MACHINES[machine], draft_cost, p, seed).choose(trees) for seed in range(SEEDS)]
         to_best, to_plain = zip(*texts, strict=True)
-        assert np.mean(to_best) < 1.05 and max(to_best) < 1.15, (p, to_best)
-        assert np.mean(to_plain) < 1.03 and max(to_plain) < 1.06, (p, to_plain)
+        assert np.mean(to_best) < 1.05 and max(to_best) < 1.12, (p, to_best)
+        assert max(to_plain) < 1.03, (p, to_plain)
 
 
-@pytest.mark.parametrize("machine", ["1.2b", "tiny", "union", "flat"])
+@pytest.mark.parametrize("machine", ["1.2b", "tiny", "long", "union", "flat"])
 def test_bursts_of_luck(machine: str) -> None:
     """Where the text changes every 200 tokens, no fixed plan is better by 5 %, and plain decoding not by 3 %."""
     for rates in ((0.95, 0.1), (0.1, 0.95)):
         texts = [Simulation(MACHINES[machine], 0.0, rates, seed).choose(()) for seed in range(SEEDS)]
         to_best, to_plain = zip(*texts, strict=True)
         assert np.mean(to_best) < 1.05, (rates, to_best)
-        assert np.mean(to_plain) < 1.03 and max(to_plain) < 1.06, (rates, to_plain)
+        assert max(to_plain) < 1.03, (rates, to_plain)
 
 
 def test_switching_off_is_logged_once_per_trial_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -289,6 +290,13 @@ def test_starts_with_the_yardstick_and_grows_with_success() -> None:
         policy.times.add(1 + plan.nodes, 1.0)
         policy.observe(plan, plan.nodes, plan.nodes, plan.nodes)
     assert lengths[0] <= 4 and lengths[-1] == 16
+
+
+def test_gives_up_where_losing_costs_little() -> None:
+    """A step with a draft takes 2 % more than a plain one, and no draft is ever right: not enough to go on."""
+    policy = Policy(16)
+    simulation = Simulation(MACHINES["flat"], 0.0, 0.0, seed=3)
+    assert simulation.seconds(policy) < 1.01 and policy.switched_off > 0
 
 
 def test_a_useless_drafter_costs_a_few_steps_only() -> None:

@@ -29,12 +29,12 @@ log = logging.getLogger("blockffn.speculative")
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of the chains that are compared
 STAY = 1.03  # another plan must promise so much more than the present one
 LONGEST_STAY = 8  # steps with one plan between two comparisons, once it is settled
-EXPLORE_EVERY = 32  # drafted steps until another plan than the best is tried for a few steps,
-CURIOSITY = 0.1  # if it would be the best were it so much faster; after n measurements, 1/sqrt(n + 1) of this
+EXPLORE_EVERY = 48  # drafted steps until another plan than the best is tried for a few steps,
+CURIOSITY = 0.05  # if it would be the best were it so much faster; after n measurements, 1/sqrt(n + 1) of this
 SETTLE = 3  # steps at once with a plan whose time is not known: the first one also builds a new graph
 FIRST_PLAIN = 2  # measurements of a plain step before the first draft
 YARDSTICK = 10  # plain steps at once when they are measured again: the later ones are what plain decoding is like
-OFTEN = 32  # such steps take the drafts between two measurements, at least
+OFTEN = 32  # such steps take the drafts between two measurements, at least; more, by the square of a draft's lead
 HOPE = 0.7  # speculation is given up when it loses even if the acceptance is so many standard errors higher
 LEAST_TRIAL = 4  # drafted steps before it is given up
 SHARE = 0.02  # of the time that yardsticks may take, and trials may lose
@@ -90,10 +90,11 @@ class Policy:
         if self.times.count(1) < FIRST_PLAIN:
             return PLAIN, 1
         best, rate = self._best(self.acceptance.rates())
-        loss = YARDSTICK * max(0.0, rate * plain - 1.0) + 2 * self.times.switch() / plain  # in plain steps
-        if self._since_plain >= max(OFTEN, loss / SHARE):
+        lead = rate * plain
+        loss = YARDSTICK * max(0.0, lead - 1.0) + 2 * self.times.switch() / plain  # in plain steps
+        if self._since_plain >= max(OFTEN, loss / SHARE) * max(1.0, lead) ** 2:
             return PLAIN, YARDSTICK
-        if rate * plain < 1.0:
+        if lead < 1.0:
             best, rate = self._best(self.acceptance.rates(HOPE))
             if rate * plain >= 1.0:
                 return best, self._settling(best)
@@ -102,7 +103,7 @@ class Policy:
             return self.chains[0], 1  # the cheapest way to look again
         if self._since_other >= EXPLORE_EVERY:
             self._since_other = 0
-            other, _ = self._best(self.acceptance.rates(HOPE), CURIOSITY)
+            other, _ = self._best(self.acceptance.rates(HOPE / 2), CURIOSITY)
             if other != best:
                 return other, SETTLE
         return best, max(self._settling(best), min(LONGEST_STAY, self._trial // 2, self.times.count(1 + best.nodes)))
@@ -115,6 +116,7 @@ class Policy:
         """Return the plan with the most expected tokens per second and these, given the acceptance by position."""
         best, best_rate = PLAIN, 0.0
         tokens, product, position = 1.0, 1.0, 0
+        change = self.times.switch() / LONGEST_STAY  # each step's part of it
         for plan in self.plans:
             if plan.tree:
                 gain = self.trees.hoped(plan.nodes, rates) if curiosity else self.trees.expected(plan.nodes, rates)
@@ -123,15 +125,11 @@ class Policy:
                     product *= right
                     tokens += product
                 gain, position = tokens, plan.nodes
-            rate = self._bonus(plan, curiosity) * gain / self._seconds(plan)
+            seconds = self.times.predict(1 + plan.nodes) + self._drafting(plan) + change * (plan != self._chosen)
+            rate = self._bonus(plan, curiosity) * gain / seconds
             if rate > best_rate:
                 best, best_rate = plan, rate
         return best, best_rate
-
-    def _seconds(self, plan: Plan) -> float:
-        """Return the expected seconds of a step with a plan, a change of plans included."""
-        change = 0.0 if plan == self._chosen else self.times.switch() / LONGEST_STAY
-        return self.times.predict(1 + plan.nodes) + self._drafting(plan) + change
 
     def _bonus(self, plan: Plan, curiosity: float) -> float:
         """Return the factor for the present plan, or what is hoped for where a plan is hardly known."""

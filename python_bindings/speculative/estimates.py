@@ -22,14 +22,16 @@ import math
 from bisect import bisect, insort
 from collections import deque
 
-KEPT = 30  # measurements of one size that count
+KEPT = 30  # measurements of one size that count,
+RECENT = 200  # if they are not older than so many steps: a longer context slows large steps more than small ones
+BLEND = 2.0  # how many measurements the line between the neighbouring sizes counts for
 CLOCK = 1e-9  # seconds; nothing takes less
 FOLLOW, LEAP = 0.6, 1.05  # share of a step's surprise that is put down to the machine; what counts of it at most: what
 # disturbs a step makes it longer, never shorter, and the pace would creep up with every outlier
 PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
-MEMORY = 20.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
-POSITION_WEIGHT = 8.0  # how many observations the position before counts for
+MEMORY = 24.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
+POSITION_WEIGHT = 20.0  # how many observations the position before counts for
 TREE_WEIGHT = 2.0  # the same for the tokens that a tree gives
 TREE_MEMORY = 400.0  # drafted steps after which evidence about trees counts for a third
 
@@ -43,7 +45,8 @@ class StepTimes:
     """Seconds of an evaluation by its number of tokens: what a size takes relative to the others, times the pace.
 
     The pace follows every step: a busy machine, and to a part a longer context, slows all sizes alike, so that a size
-    measured long ago stays comparable. A relative time is a median of the last few, interpolated between sizes seen.
+    measured long ago stays comparable. A relative time is a median of the last few, drawn a little towards the line
+    between its neighbours, the more the fewer there are; what was never measured lies on the line.
     The first step of another size than the one before counts only until better is known: llama.cpp builds a new graph
     for it.
     """
@@ -51,15 +54,17 @@ class StepTimes:
     def __init__(self) -> None:
         self._pace = 0.0  # seconds of one unit
         self._last: dict[int, deque[float]] = {}  # tokens -> relative times
+        self._when: dict[int, deque[int]] = {}  # tokens -> the steps that they were measured in
         self._median: dict[int, float] = {}
         self._sizes: list[int] = []  # measured ones, ascending
         self._steady: set[int] = set()  # sizes known by other than first steps
         self._extra: deque[float] = deque(maxlen=KEPT)  # what first steps took beyond the others, relative
-        self._previous = 0
+        self._previous, self._step = 0, 0  # the last size, and how many steps there were
 
     def count(self, tokens: int) -> int:
         """Return how many measurements of this size count."""
-        return len(self._last.get(tokens, ()))
+        when, oldest = self._when.get(tokens, ()), self._step - RECENT
+        return len(when) if not when or when[0] > oldest else sum(step > oldest for step in when)
 
     def begin(self) -> None:
         """Start a generation: the next step is a first one."""
@@ -72,13 +77,14 @@ class StepTimes:
     def add(self, tokens: int, seconds: float) -> None:
         """Learn from one evaluation; outliers are outvoted."""
         first, self._previous = tokens != self._previous, tokens
+        self._step += 1
         seconds = max(seconds, CLOCK)
         self._pace = self._pace or seconds
         relative = seconds / self._pace
         if tokens not in self._last:
-            self._last[tokens] = deque(maxlen=KEPT)
+            self._last[tokens], self._when[tokens] = deque(maxlen=KEPT), deque(maxlen=KEPT)
             insort(self._sizes, tokens)
-        last = self._last[tokens]
+        last, when = self._last[tokens], self._when[tokens]
         if tokens in self._steady:
             if first:
                 self._extra.append(relative - self._median[tokens])
@@ -89,23 +95,37 @@ class StepTimes:
             self._extra.append(last[-1] - relative)
             self._steady.add(tokens)
             last.clear()
+            when.clear()
         last.append(relative)
+        when.append(self._step)
+        while when[0] <= self._step - RECENT:
+            last.popleft()
+            when.popleft()
         self._median[tokens] = median(last)
 
     def predict(self, tokens: int) -> float:
         """Return the expected seconds of one size; 0 before the first measurement."""
         if not self._sizes:
             return 0.0
-        known = self._median.get(tokens)
-        return self._pace * (self._between(tokens) if known is None else known)
+        known, count = self._median.get(tokens), self.count(tokens)
+        if known is None:
+            return self._pace * self._between(tokens)
+        at = self._sizes.index(tokens)
+        if 0 < at < len(self._sizes) - 1:
+            line = self._line(self._sizes[at - 1], self._sizes[at + 1], tokens)
+            known = (count * known + BLEND * line) / (count + BLEND)
+        return self._pace * known
+
+    def _line(self, low: int, high: int, tokens: int) -> float:
+        """Return the relative time on the line through two measured sizes."""
+        slope = (self._median[high] - self._median[low]) / (high - low)
+        return self._median[low] + slope * (tokens - low)
 
     def _between(self, tokens: int) -> float:
         """Interpolate between the measured sizes; beyond them the time is a line."""
         at = bisect(self._sizes, tokens)
         if 0 < at < len(self._sizes):
-            low, high = self._sizes[at - 1], self._sizes[at]
-            part = (tokens - low) / (high - low)
-            return self._median[low] + part * (self._median[high] - self._median[low])
+            return self._line(self._sizes[at - 1], self._sizes[at], tokens)
         first, last = self._sizes[0], self._sizes[-1]
         if first == last:
             slope = PRIOR_SLOPE * self._median[first] / (1 + PRIOR_SLOPE * (first - 1))
@@ -122,9 +142,11 @@ class Acceptance:
         self._keep = 1.0 - 1.0 / memory
         self._tried = [0.0] * positions
         self._right = [0.0] * positions
+        self._prior = PRIOR_WEIGHT  # forgotten like all evidence
 
     def add(self, reached: int, accepted: int) -> None:
         """Learn from a draft of depth `reached` whose first `accepted` tokens were right."""
+        self._prior *= self._keep
         for position in range(min(reached, accepted + 1, len(self._tried))):
             self._tried[position] = self._tried[position] * self._keep + 1.0
             self._right[position] = self._right[position] * self._keep + (position < accepted)
@@ -138,7 +160,7 @@ class Acceptance:
 
         `hope`: so many standard errors above the mean.
         """
-        expected, weight, rates, total = PRIOR_RATE, PRIOR_WEIGHT, [], sum(self._tried)
+        expected, weight, rates, total = PRIOR_RATE, self._prior, [], sum(self._tried)
         for right, tried in zip(self._right, self._tried, strict=True):
             expected = (right + weight * expected) / (tried + weight)
             error = math.sqrt(expected * (1.0 - expected) / (total + weight)) if hope else 0.0
@@ -150,6 +172,7 @@ class Acceptance:
         """Make the past count for less, so that a fresh trial can change the mind quickly."""
         for counts in (self._tried, self._right):
             counts[:] = [0.2 * count for count in counts]
+        self._prior = PRIOR_WEIGHT
 
 
 class TreeGain:
