@@ -13,7 +13,7 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
     >>> for _ in range(9):
     ...     acceptance.add(reached=2, accepted=2)
     >>> [round(rate, 2) for rate in acceptance.rates()]
-    [0.93, 0.96]
+    [0.94, 0.96]
 """
 
 from __future__ import annotations
