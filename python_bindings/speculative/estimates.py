@@ -63,8 +63,7 @@ class StepTimes:
 
     def count(self, tokens: int) -> int:
         """Return how many measurements of this size count."""
-        when, oldest = self._when.get(tokens, ()), self._step - RECENT
-        return len(when) if not when or when[0] > oldest else sum(step > oldest for step in when)
+        return len(self._last.get(tokens, ()))
 
     def begin(self) -> None:
         """Start a generation: the next step is a first one."""
@@ -98,10 +97,19 @@ class StepTimes:
             when.clear()
         last.append(relative)
         when.append(self._step)
+        self._forget()
         while when[0] <= self._step - RECENT:
             last.popleft()
             when.popleft()
         self._median[tokens] = median(last)
+
+    def _forget(self) -> None:
+        """Forget the sizes, but the smallest, that were not measured of late."""
+        for tokens in self._sizes[1:]:
+            if self._when[tokens][-1] <= self._step - RECENT:
+                self._sizes.remove(tokens)
+                self._steady.discard(tokens)
+                del self._last[tokens], self._when[tokens], self._median[tokens]
 
     def predict(self, tokens: int) -> float:
         """Return the expected seconds of one size; 0 before the first measurement."""
