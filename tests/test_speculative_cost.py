@@ -36,6 +36,7 @@ def measured(points: dict[int, float]) -> Callable[[int], float]:
 
 LARGE = {1: 1.0, 2: 1.43, 3: 1.67, 4: 2.05, 5: 2.6, 6: 3.2, 7: 3.5, 9: 4.4, 13: 6.0, 17: 7.6, 32: 15.0}
 SMALL = {1: 1.0, 2: 1.25, 3: 1.52, 4: 1.75, 5: 2.04, 6: 2.38, 7: 2.75, 9: 3.3, 11: 3.83, 13: 4.6, 17: 5.6, 32: 10.0}
+STEEPER = {1: 1.0, 2: 1.43, 3: 1.94, 4: 2.4, 5: 2.7, 6: 3.0, 7: 3.4, 9: 4.85, 13: 5.8, 17: 7.9, 32: 17.0}
 MACHINES = {
     "flat": Machine(lambda n: 1 + 0.02 * (n - 1)),  # verification nearly free
     "union": Machine(lambda n: 1 + 0.25 * (n - 1)),
@@ -47,7 +48,7 @@ MACHINES = {
     ),
     "1.2b": Machine(measured(LARGE), 0.03, 1.1, 0.07),  # this and the next: the models of docs/speculative.md
     "tiny": Machine(measured(SMALL), 0.6, 0.5, 0.1),
-    "long": Machine(measured(SMALL), 0.6, 1.8, 0.1),  # a text that slows its steps more
+    "long": Machine(measured(STEEPER), 0.48, 1.8, 0.1),  # as a small model whose attention is slow
 }
 
 
@@ -125,14 +126,14 @@ class Simulation:
     ("machine", "draft_cost", "trees"),
     [(machine, draft_cost, ()) for machine in MACHINES for draft_cost in (0.0, 0.1)]
     + [("union", 0.1, TREES), ("bumpy", 0.0, TREES), ("bumpy", 0.1, TREES), ("1.2b", 0.0, TREES), ("tiny", 0.0, TREES)]
-    + [("tiny", 0.4, ())],  # as the bundled head beside the bundled model
+    + [("long", 0.0, TREES), ("long", 0.4, ()), ("tiny", 0.4, ())],  # the last: the bundled head beside its model
 )
 def test_choice_is_near_the_best_and_never_loses(machine: str, draft_cost: float, trees: tuple[int, ...]) -> None:
     for p in (0.0, 0.3, 0.6, 0.8, 0.9 if trees else 0.95):
         texts = [Simulation(MACHINES[machine], draft_cost, p, seed).choose(trees) for seed in range(SEEDS)]
         to_best, to_plain = zip(*texts, strict=True)
         assert np.mean(to_best) < 1.05 and max(to_best) < 1.12, (p, to_best)
-        assert max(to_plain) < 1.03, (p, to_plain)
+        assert max(to_plain) < (1.05 if (machine, draft_cost) == ("long", 0.4) else 1.03), (p, to_plain)
 
 
 @pytest.mark.parametrize("machine", ["1.2b", "tiny", "long", "union", "flat"])
@@ -183,13 +184,14 @@ def test_one_slow_step_does_not_decide() -> None:
     assert policy.switched_off == 0 and policy.plan().nodes == 8
 
 
-def test_plans_do_not_alternate() -> None:
+@pytest.mark.parametrize("machine", ["tiny", "long"])
+def test_plans_do_not_alternate(machine: str) -> None:
     """Where a change of size costs half a step, fewer than one step in eight is a change."""
     policy = Policy(16, TREES)
     plans: list[Plan] = []
     choose = policy.plan
     policy.plan = lambda: plans.append(choose()) or plans[-1]  # type: ignore[method-assign,func-returns-value]
-    Simulation(MACHINES["tiny"], 0.0, 0.6, seed=1, tokens=1000).seconds(policy)
+    Simulation(MACHINES[machine], 0.0, 0.6, seed=1, tokens=1000).seconds(policy)
     assert sum(one != other for one, other in itertools.pairwise(plans)) < len(plans) / 8
 
 

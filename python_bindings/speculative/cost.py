@@ -35,7 +35,8 @@ SETTLE = 3  # steps at once with a plan whose time is not known: the first one a
 FIRST_PLAIN = 2  # measurements of a plain step before the first draft
 YARDSTICK = 10  # plain steps at once when they are measured again: the later ones are what plain decoding is like
 OFTEN = 32  # such steps take the drafts between two measurements, at least; more, by the square of a draft's lead
-HOPE = 0.7  # speculation is given up when it loses even if the acceptance is so many standard errors higher
+HOPE = 0.7  # speculation is given up when it loses even if the acceptance is so many standard errors higher; half of it
+# is granted to a plan that is to be tried
 LEAST_TRIAL = 4  # drafted steps before it is given up
 SHARE = 0.02  # of the time that yardsticks may take, and trials may lose
 FIRST_PAUSE, LONGEST_PAUSE = 64, 2048  # plain steps after a failed trial; at least doubled with each one

@@ -19,8 +19,9 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
 from __future__ import annotations
 
 import math
-from bisect import bisect, insort
+from bisect import bisect, bisect_left, insort
 from collections import deque
+from dataclasses import dataclass, field
 
 KEPT = 30  # measurements of one size that count,
 RECENT = 200  # if they are not older than so many steps: a longer context slows large steps more than small ones
@@ -41,6 +42,25 @@ def median(values: deque[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
+@dataclass
+class Size:
+    """What is known of one size: its last relative times and the steps that they were measured in."""
+
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    when: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT))
+    median: float = 0.0
+    steady: bool = False  # known by other than first steps
+
+    def keep(self, relative: float, step: int) -> None:
+        """Take a measurement, forget the old ones."""
+        self.last.append(relative)
+        self.when.append(step)
+        while self.when[0] <= step - RECENT:
+            self.last.popleft()
+            self.when.popleft()
+        self.median = median(self.last)
+
+
 class StepTimes:
     """Seconds of an evaluation by its number of tokens: what a size takes relative to the others, times the pace.
 
@@ -53,17 +73,14 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._pace = 0.0  # seconds of one unit
-        self._last: dict[int, deque[float]] = {}  # tokens -> relative times
-        self._when: dict[int, deque[int]] = {}  # tokens -> the steps that they were measured in
-        self._median: dict[int, float] = {}
-        self._sizes: list[int] = []  # measured ones, ascending
-        self._steady: set[int] = set()  # sizes known by other than first steps
+        self._of: dict[int, Size] = {}  # by tokens
+        self._sizes: list[int] = []  # the measured ones, ascending
         self._extra: deque[float] = deque(maxlen=KEPT)  # what first steps took beyond the others, relative
         self._previous, self._step = 0, 0  # the last size, and how many steps there were
 
     def count(self, tokens: int) -> int:
         """Return how many measurements of this size count."""
-        return len(self._last.get(tokens, ()))
+        return len(self._of[tokens].last) if tokens in self._of else 0
 
     def begin(self) -> None:
         """Start a generation: the next step is a first one."""
@@ -80,67 +97,57 @@ class StepTimes:
         seconds = max(seconds, CLOCK)
         self._pace = self._pace or seconds
         relative = seconds / self._pace
-        if tokens not in self._last:
-            self._last[tokens], self._when[tokens] = deque(maxlen=KEPT), deque(maxlen=KEPT)
+        if tokens not in self._of:
+            self._of[tokens] = Size()
             insort(self._sizes, tokens)
-        last, when = self._last[tokens], self._when[tokens]
-        if tokens in self._steady:
+        size = self._of[tokens]
+        if size.steady:
             if first:
-                self._extra.append(relative - self._median[tokens])
+                self._extra.append(relative - size.median)
                 return
-            surprise = relative / self._median[tokens]
+            surprise = relative / size.median
             self._pace *= min(max(surprise, 1 / LEAP), LEAP) ** FOLLOW
         elif not first:
-            self._extra.append(last[-1] - relative)
-            self._steady.add(tokens)
-            last.clear()
-            when.clear()
-        last.append(relative)
-        when.append(self._step)
+            self._extra.append(size.last[-1] - relative)
+            size = self._of[tokens] = Size(steady=True)
+        size.keep(relative, self._step)
         self._forget()
-        while when[0] <= self._step - RECENT:
-            last.popleft()
-            when.popleft()
-        self._median[tokens] = median(last)
 
     def _forget(self) -> None:
         """Forget the sizes, but the smallest, that were not measured of late."""
         for tokens in self._sizes[1:]:
-            if self._when[tokens][-1] <= self._step - RECENT:
+            if self._of[tokens].when[-1] <= self._step - RECENT:
                 self._sizes.remove(tokens)
-                self._steady.discard(tokens)
-                del self._last[tokens], self._when[tokens], self._median[tokens]
+                del self._of[tokens]
 
     def predict(self, tokens: int) -> float:
         """Return the expected seconds of one size; 0 before the first measurement."""
         if not self._sizes:
             return 0.0
-        known, count = self._median.get(tokens), self.count(tokens)
+        known = self._of.get(tokens)
+        smaller, larger = bisect_left(self._sizes, tokens) - 1, bisect(self._sizes, tokens)
+        if smaller < 0 or larger == len(self._sizes):
+            return self._pace * (known.median if known else self._beyond(tokens))
+        line = self._line(self._sizes[smaller], self._sizes[larger], tokens)
         if known is None:
-            return self._pace * self._between(tokens)
-        at = self._sizes.index(tokens)
-        if 0 < at < len(self._sizes) - 1:
-            line = self._line(self._sizes[at - 1], self._sizes[at + 1], tokens)
-            known = (count * known + BLEND * line) / (count + BLEND)
-        return self._pace * known
+            return self._pace * line
+        count = len(known.last)
+        return self._pace * (count * known.median + BLEND * line) / (count + BLEND)
 
     def _line(self, low: int, high: int, tokens: int) -> float:
         """Return the relative time on the line through two measured sizes."""
-        slope = (self._median[high] - self._median[low]) / (high - low)
-        return self._median[low] + slope * (tokens - low)
+        slope = (self._of[high].median - self._of[low].median) / (high - low)
+        return self._of[low].median + slope * (tokens - low)
 
-    def _between(self, tokens: int) -> float:
-        """Interpolate between the measured sizes; beyond them the time is a line."""
-        at = bisect(self._sizes, tokens)
-        if 0 < at < len(self._sizes):
-            return self._line(self._sizes[at - 1], self._sizes[at], tokens)
+    def _beyond(self, tokens: int) -> float:
+        """Return the relative time of a size beyond the measured ones, where the time is a line."""
         first, last = self._sizes[0], self._sizes[-1]
         if first == last:
-            slope = PRIOR_SLOPE * self._median[first] / (1 + PRIOR_SLOPE * (first - 1))
+            slope = PRIOR_SLOPE * self._of[first].median / (1 + PRIOR_SLOPE * (first - 1))
         else:
-            slope = max(0.0, (self._median[last] - self._median[first]) / (last - first))
-        end = last if at else first
-        return max(0.0, self._median[end] + slope * (tokens - end))
+            slope = max(0.0, (self._of[last].median - self._of[first].median) / (last - first))
+        end = first if tokens < first else last
+        return max(0.0, self._of[end].median + slope * (tokens - end))
 
 
 class Acceptance:
