@@ -18,7 +18,8 @@ NINJA  := $(shell command -v ninja 2>/dev/null || echo $(VENV)/bin/ninja)
 
 PROGRAMS := llama-cli llama-completion llama-server llama-bench llama-batched-bench llama-quantize llama-perplexity \
             llama-imatrix llama-gguf-split
-TESTS    := test-backend-ops test-llama-archs
+TESTS    := test-backend-ops test-llama-archs test-batch-alloc test-save-load-state test-state-restore-fragmented \
+            test-thread-safety
 
 CMAKE_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DCMAKE_BUILD_RPATH='$$ORIGIN' \
                -DBLOCKFFN_OPS_DIR=$(CURDIR)/ggml-ops \
@@ -36,7 +37,7 @@ else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops test-sanitize test-arm test-amx wheel refresh-patches clean
+.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm test-amx wheel refresh-patches clean
 
 setup: venv build
 
@@ -90,6 +91,13 @@ bench: setup
 
 bench-ops: setup
 	$(PY) -m blockffn.eval.bench_ops --build $(OUT)
+
+# All of upstream's tests on the patched tree but those that download; `make test` runs some of them on our models.
+test-upstream: setup
+	$(NINJA) -C $(OUT) -j $(JOBS)
+	$(dir $(CMAKE))ctest --test-dir $(OUT) --output-on-failure -LE python \
+	    -E 'test-download-model|test-thread-safety|test-state-restore-fragmented|test-arg-parser'
+	$(OUT)/bin/test-backend-ops test -b CPU
 
 # The op tests alone with ggml, without the rest of llama.cpp. Without OpenMP, whose barriers ThreadSanitizer cannot see.
 OPS_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) -DGGML_SOURCE_DIR=$(CURDIR)/$(TREE)/ggml -DBUILD_SHARED_LIBS=OFF \

@@ -169,10 +169,32 @@ def test_split_and_merged(model: Path, tmp_path: Path) -> None:
     assert np.array_equal(logits(first), logits(model))
 
 
+def run_upstream_test(name: str, *arguments: str | Path) -> str:
+    """Run one of upstream's tests, which must end well; return what it printed."""
+    command = list(map(str, [library.program(name), *arguments]))
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
 def test_every_architecture_of_llama_cpp_still_works() -> None:
     """Upstream's own test: each architecture, ours included, evaluated and saved and loaded again."""
-    result = subprocess.run([library.program("test-llama-archs")], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-2000:]
-    assert (
-        "blockffn" in result.stdout and "FAIL" not in result.stdout
-    )  # its last lines may be lost: see llama-completion
+    printed = run_upstream_test("test-llama-archs")
+    assert "blockffn" in printed and "FAIL" not in printed  # its last lines may be lost: see llama-completion
+
+
+def test_upstream_tests_of_internals_still_build_and_pass() -> None:
+    """It includes the headers that our patches change."""
+    run_upstream_test("test-batch-alloc")
+
+
+def test_state_is_saved_and_restored(model: Path) -> None:
+    """Upstream's own tests: the same tokens after a state came back, from a file and between holes of the cache."""
+    run_upstream_test("test-save-load-state", "-m", model)
+    run_upstream_test("test-state-restore-fragmented", "-m", model)
+
+
+def test_contexts_decode_at_once(model: Path) -> None:
+    """Upstream's own test: several models with several contexts each, all in threads of their own."""
+    options = ["-m", model, "-p", "The sum of two numbers", "-n", "48", "-c", "128", "-ub", "32", "-np", "4", "-t", "2"]
+    assert "finished without errors" in run_upstream_test("test-thread-safety", *options)
