@@ -2,6 +2,7 @@
 
     python -m blockffn.eval.bench_ops --build build/native            # what `make bench-ops` calls
     python -m blockffn.eval.bench_ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
+    python -m blockffn.eval.bench_ops --active 0.6 --no-files         # where most experts are active
 
 The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
 {"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between
@@ -24,6 +25,7 @@ from .environment import ROOT, environment, headline
 
 Row = dict[str, Any]
 DOCS = ROOT / "docs"
+OPTIONS = ("threads", "shapes", "types", "tokens", "active", "reps")  # the program's
 
 
 def measure(program: Path, arguments: list[str]) -> list[Row]:
@@ -123,14 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "native", help="build folder of the profile")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the files (default: docs)")
     parser.add_argument("--no-files", action="store_true", help="print only")
-    for name in ("threads", "shapes", "types", "tokens", "reps"):
+    for name in OPTIONS:
         parser.add_argument(f"--{name}", help="passed to the program")
     options = parser.parse_args(arguments)
     passed = [
-        part
-        for name in ("threads", "shapes", "types", "tokens", "reps")
-        if getattr(options, name) is not None
-        for part in (f"--{name}", getattr(options, name))
+        part for name in OPTIONS if getattr(options, name) is not None for part in (f"--{name}", getattr(options, name))
     ]
     try:
         binaries = options.build.resolve() / "bin"

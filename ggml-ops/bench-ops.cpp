@@ -1,8 +1,9 @@
 // Benchmark of the union FFN against stock ggml: one JSON line per (shape, type, n), after a line with the bandwidth.
-//     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...] [--reps 9]
-// Stock candidates are the dense FFN (layout [h, E*d] and [E*d, h]) and mul_mat_id with as many experts per token as ours
-// has, each in every buffer type that takes it; all candidates run in turn, --reps rounds (three times as many for few
-// tokens), medians count. Times are per layer.
+//     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...]
+//               [--active 0.2] [--reps 9]
+// --active is the share of the experts that one token needs. Stock candidates are the dense FFN (layout [h, E*d] and
+// [E*d, h]) and mul_mat_id with as many experts per token as ours has, each in every buffer type that takes it; all
+// candidates run in turn, --reps rounds (three times as many for few tokens), medians count. Times are per layer.
 // Shapes whose models normalize inside the experts (DECO) time ours a second time with NormSiLU: norm_silu_ms, and the
 // median over the rounds of its ratio to ours with SiLU, as the other candidates have it.
 #include "bench-ops.h"
@@ -171,6 +172,7 @@ double median_ratio(std::vector<double> a, const std::vector<double> & b) {
 
 struct bench_args {
     int                  n_threads = 2, reps = 9;
+    double               active = ACTIVE_SHARE;
     std::vector<int64_t> tokens = { 1, 2, 4, 8, 16, 32, 128, 512 };
     std::string          shapes = "1.2B,3B,DECO-1.2B", types = "q4_0,q8_0,f16";
 };
@@ -190,7 +192,7 @@ bench_row bench_tokens(ggml_backend_t                   backend,
                        const std::vector<uint64_t> &    stream,
                        std::vector<double> &            bandwidth) {
     const int64_t n_layers = n <= MAX_SMALL_N ? (int64_t) weights[0].layers.size() : MIN_LAYERS;
-    const routing r        = make_routing(s, n, n_layers);
+    const routing r        = make_routing(s, args.active, n, n_layers);
 
     std::vector<candidate> all;
     for (const ffn_weights & w : weights) {
@@ -259,7 +261,7 @@ void print_rows(const std::vector<bench_row> & rows,
     for (const bench_row & r : rows) {
         rate = std::max(rate, macs * r.n / r.dense_ms);
     }
-    const double active = std::lround(s.n_expert * ACTIVE_SHARE) / (double) s.n_expert;
+    const double active = std::lround(s.n_expert * args.active) / (double) s.n_expert;
     for (const bench_row & r : rows) {
         const double limit = std::max(r.union_share * bytes / (gbs * 1e6), active * macs * r.n / rate);
         printf(
@@ -315,7 +317,7 @@ std::vector<std::string> split(const std::string & text) {
 int usage(const char * what) {
     fprintf(stderr,
             "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
-            "[--tokens 1,2,4,8,16,32,128,512] [--reps N]\n",
+            "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N]\n",
             what);
     return 2;
 }
@@ -342,6 +344,11 @@ int main(int argc, char ** argv) {
             args.n_threads = std::max(1, atoi(argv[i + 1]));
         } else if (key == "--reps") {
             args.reps = std::max(3, atoi(argv[i + 1]));
+        } else if (key == "--active") {
+            args.active = atof(argv[i + 1]);
+            if (!(args.active > 0.0 && args.active <= 1.0)) {
+                return usage("--active is a share of the experts, above 0 and up to 1");
+            }
         } else if (key == "--shapes") {
             args.shapes = argv[i + 1];
         } else if (key == "--types") {

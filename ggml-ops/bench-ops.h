@@ -38,8 +38,8 @@ const ffn_shape SHAPES[] = {
     { "DECO-1.2B", 1792, 102, 64,  true  },
 };
 
-constexpr double                ACTIVE_SHARE = 0.2;
-// share of the experts that n tokens need together, as measured on real models
+constexpr double                ACTIVE_SHARE = 0.2;  // of the experts, for one token
+// share of the experts that n tokens need together, as measured on real models; grows with the active share
 const std::map<int64_t, double> UNION_SHARE  = {
     { 1,   0.2   },
     { 2,   0.225 },
@@ -156,12 +156,13 @@ struct routing {
     std::vector<std::vector<int32_t>> ids;          // [layer][n * used]
 };
 
-inline routing make_routing(const ffn_shape & s, int64_t n, int64_t n_layers) {
+inline routing make_routing(const ffn_shape & s, double active_share, int64_t n, int64_t n_layers) {
     routing      r;
     std::mt19937 rng((unsigned) n);
-    r.used             = std::max<int64_t>(1, std::lround(s.n_expert * ACTIVE_SHARE));
-    const int64_t pool = std::max(r.used, (int64_t) std::lround(s.n_expert * UNION_SHARE.at(n)));
-    double        sum  = 0.0;
+    const double union_share = std::min(1.0, UNION_SHARE.at(n) * active_share / ACTIVE_SHARE);
+    r.used                   = std::max<int64_t>(1, std::lround(s.n_expert * active_share));
+    const int64_t pool       = std::max(r.used, (int64_t) std::lround(s.n_expert * union_share));
+    double        sum        = 0.0;
     for (int64_t l = 0; l < n_layers; l++) {
         std::vector<int32_t> experts(s.n_expert), ids;
         std::iota(experts.begin(), experts.end(), 0);

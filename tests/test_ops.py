@@ -46,11 +46,19 @@ def test_backend_ops(op: str) -> None:
     assert "FAIL" not in printed
 
 
-def test_unknown_type_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--types", "q9_9", "unknown type q9_9"),
+        ("--active", "1.5", "--active is a share"),
+        ("--active", "x", "a share"),
+    ],
+)
+def test_bad_option_is_refused(option: str, value: str, message: str) -> None:
     """The benchmark names what it does not know."""
-    result = subprocess.run([program("bench-ops"), "--types", "q9_9"], capture_output=True, text=True, check=False)
+    result = subprocess.run([program("bench-ops"), option, value], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "unknown type q9_9" in result.stderr
+    assert message in result.stderr
 
 
 def row(n: int) -> bench_ops.Row:
