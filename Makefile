@@ -37,7 +37,8 @@ else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm test-amx wheel refresh-patches clean
+.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm test-amx wheel \
+        refresh-patches clean
 
 setup: venv build
 

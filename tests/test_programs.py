@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +171,10 @@ def test_split_and_merged(model: Path, tmp_path: Path) -> None:
 
 
 def run_upstream_test(name: str, *arguments: str | Path) -> str:
-    """Run one of upstream's tests, which must end well; return what it printed."""
+    """Run one of upstream's tests, which must end well, in a folder for what it leaves; return what it printed."""
     command = list(map(str, [library.program(name), *arguments]))
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout + result.stderr
 
