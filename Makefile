@@ -91,7 +91,7 @@ bench: setup
 	$(VENV)/bin/blockffn bench
 
 bench-ops: setup
-	$(PY) -m blockffn.eval.bench_ops --build $(OUT)
+	$(PY) -m blockffn.eval.bench.ops --build $(OUT)
 
 # All of upstream's tests on the patched tree but those that download; `make test` runs some of them on our models.
 test-upstream: setup

@@ -118,7 +118,7 @@ def _usage(message: str) -> NoReturn:
 
 def _verify(gguf: str, src: str) -> int:
     """Compare with the torch reference; outside the bound of the type the command fails and names the file."""
-    from blockffn.eval.parity import verify
+    from blockffn.eval.quality.parity import verify
 
     sys.stdout.flush()
     report = verify(gguf, src)

@@ -8,6 +8,6 @@
 
 from __future__ import annotations
 
-from blockffn.eval.sparsity import Sparsity, sparsity
+from blockffn.eval.quality.sparsity import Sparsity, sparsity
 
 __all__ = ["Sparsity", "sparsity"]

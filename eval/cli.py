@@ -18,7 +18,7 @@ from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
-    from blockffn.eval.sparsity import Sparsity
+    from blockffn.eval.quality.sparsity import Sparsity
     from blockffn.llama import Llama
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ppl(args: argparse.Namespace) -> int:
-    from blockffn.eval.perplexity import perplexity
+    from blockffn.eval.quality.perplexity import perplexity
 
     llm = _open(args.model, args)
     try:
@@ -70,7 +70,7 @@ def _ppl(args: argparse.Namespace) -> int:
 
 
 def _kld(args: argparse.Namespace) -> int:
-    from blockffn.eval.perplexity import divergence
+    from blockffn.eval.quality.perplexity import divergence
 
     llm, reference = _open(args.model, args), _open(args.reference, args)
     try:
@@ -89,7 +89,7 @@ def _kld(args: argparse.Namespace) -> int:
 
 
 def _sparsity(args: argparse.Namespace) -> int:
-    from blockffn.eval.sparsity import sparsity
+    from blockffn.eval.quality.sparsity import sparsity
 
     llm = _open(args.model, args)
     try:
@@ -117,7 +117,7 @@ def describe_sparsity(result: Sparsity, layers: bool = False) -> str:
 
 
 def _parity(args: argparse.Namespace) -> int:
-    from blockffn.eval.parity import verify
+    from blockffn.eval.quality.parity import verify
 
     report = verify(args.model, args.checkpoint, _read(args.file) if args.file else None, ffn=args.ffn)
     _print(args, report.to_dict(), str(report))

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("blockffn.commands.chat", "talk to a model in the terminal"),
     "serve": ("blockffn.commands.serve", "llama-server of the patched tree, same flags"),
     "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, parity, Spec-Bench, lm-eval"),
-    "bench": ("blockffn.eval.bench_cli", "dense against union against speculative, one run"),
+    "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
     "train": ("blockffn.training.cli", "train a small model or a draft head"),
 }
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal number, as shells report it

@@ -14,8 +14,8 @@ from checkpoints import write_checkpoint
 import blockffn
 from blockffn.cli import main
 from blockffn.convert import cli
-from blockffn.eval import parity
-from blockffn.eval.parity import verify
+from blockffn.eval.quality import parity
+from blockffn.eval.quality.parity import verify
 
 
 def run(*arguments: object) -> int:

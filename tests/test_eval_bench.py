@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import bench, planted, planted_files
-from blockffn.eval.bench import Candidate, Phase
-from blockffn.eval.planted_files import PlantedModels
+from blockffn.eval.bench import models as bench
+from blockffn.eval.bench.models import Candidate, Phase
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import model as planted
+from blockffn.eval.planted.files import PlantedModels
 
 ROW = {
     "model",

@@ -11,7 +11,10 @@ from gguf import GGUFReader
 
 import blockffn
 from blockffn.errors import BlockffnError
-from blockffn.eval import bench, bench_activation, planted, planted_files
+from blockffn.eval.bench import activation as bench_activation
+from blockffn.eval.bench import models as bench
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import model as planted
 from blockffn.gguf_file import read_gguf
 
 TINY = planted.SHAPES["tiny-deco"]

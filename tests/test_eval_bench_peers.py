@@ -1,4 +1,4 @@
-"""The contenders of blockffn.eval.bench_peers: what they answer, how failures are told, what is read from llama-cli."""
+"""The contenders of blockffn.eval.bench.peers: what they answer, how failures are told, what is read from llama-cli."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 
 from blockffn import library
 from blockffn.errors import BlockffnError
-from blockffn.eval import bench_peers, peer_program
-from blockffn.eval.bench_peers import Contender, Entry
-from blockffn.eval.bench_process import Channel
+from blockffn.eval.bench import peer_program
+from blockffn.eval.bench import peers as bench_peers
+from blockffn.eval.bench.peers import Contender, Entry
+from blockffn.eval.bench.process import Channel
 
 LOG = """
 0.05.6 I slot print_timing: id  0 | task 0 | prompt eval time =    1108.03 ms /    14 tokens (   79.14 ms per token)

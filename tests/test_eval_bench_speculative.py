@@ -12,11 +12,14 @@ import pytest
 from test_eval_bench import ROW
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import bench, planted, planted_files, planted_head
-from blockffn.eval.bench import Candidate, Phase
-from blockffn.eval.bench_generate import parse_plan
-from blockffn.eval.bench_worker import Worker
-from blockffn.eval.planted_files import PlantedModels
+from blockffn.eval.bench import models as bench
+from blockffn.eval.bench.generate import parse_plan
+from blockffn.eval.bench.models import Candidate, Phase
+from blockffn.eval.bench.worker import Worker
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import head as planted_head
+from blockffn.eval.planted import model as planted
+from blockffn.eval.planted.files import PlantedModels
 from blockffn.speculative.cost import Plan
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockffn.eval import metrics
+from blockffn.eval.quality import metrics
 
 
 @pytest.mark.parametrize(("n_tokens", "n_vocab"), [(1, 2), (3, 7), (64, 5), (65, 33), (130, 4)])

@@ -13,7 +13,7 @@ import pytest
 import blockffn
 from blockffn import library
 from blockffn.errors import BlockffnError
-from blockffn.eval.perplexity import divergence, perplexity
+from blockffn.eval.quality.perplexity import divergence, perplexity
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i * 37 % 11}  # caf\u00e9\n" for i in range(40))
 

@@ -11,8 +11,10 @@ import pytest
 
 import blockffn
 from blockffn.errors import BlockffnError
-from blockffn.eval import metrics, planted, planted_files
-from blockffn.eval.planted_files import PlantedModels
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import model as planted
+from blockffn.eval.planted.files import PlantedModels
+from blockffn.eval.quality import metrics
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-deco"])

@@ -9,7 +9,7 @@ import pytest
 
 import blockffn
 from blockffn.errors import BlockffnError
-from blockffn.eval.sparsity import of_activity
+from blockffn.eval.quality.sparsity import of_activity
 
 
 def test_by_hand() -> None:

@@ -19,7 +19,7 @@ from tiny_head import write_head
 import blockffn
 from blockffn.convert.convert import convert_checkpoint
 from blockffn.convert.eagle import convert_head
-from blockffn.eval import metrics, parity
+from blockffn.eval.quality import metrics, parity
 from blockffn.training.eagle import EagleReference
 from blockffn.training.reference import ReferenceModel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockffn import library
-from blockffn.eval import bench_ops
+from blockffn.eval.bench import ops as bench_ops
 
 
 def program(name: str) -> Path:

@@ -19,7 +19,7 @@ from checkpoints import write_checkpoint
 import blockffn
 from blockffn.convert.convert import convert_checkpoint
 from blockffn.errors import BlockffnError
-from blockffn.eval import metrics, parity
+from blockffn.eval.quality import metrics, parity
 from blockffn.training.reference import ReferenceModel
 
 TEXT = "import os\n\ndef main():\n    return 1902 # caf\u00e9"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from blockffn.eval.guesses import GuessingDrafter
+from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import exact_cost, loop_overhead, spec_choice, text_differences
-from blockffn.eval.guesses import GuessingDrafter
+from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.studies import choice as spec_choice
+from blockffn.eval.studies import differences as text_differences
+from blockffn.eval.studies import exact as exact_cost
+from blockffn.eval.studies import loop as loop_overhead
 from blockffn.speculative.drafter import Context
 from blockffn.speculative.estimates import StepTimes
 

@@ -1,7 +1,7 @@
 """What exact mode costs: the same evaluations in both modes, in turns.
 
-    $ python -m blockffn.eval.exact_cost --shape 1.2b
-    $ python -m blockffn.eval.exact_cost -m model.gguf -f text.txt
+    $ python -m blockffn.eval.studies.exact --shape 1.2b
+    $ python -m blockffn.eval.studies.exact -m model.gguf -f text.txt
 
 Timed are one token, a chain of 4 and of 8 tokens, a tree of 32, all after `--past` tokens, and a prompt of 512. Figures
 are medians; the spread is half the distance of the quartiles over the median. Ends with a line of JSON.
@@ -21,9 +21,9 @@ import numpy as np
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.bench_report import median_and_spread
-from blockffn.eval.guesses import GuessingDrafter
-from blockffn.eval.model_text import add_model_arguments, model_and_text
+from blockffn.eval.bench.report import median_and_spread
+from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.studies.text import add_model_arguments, model_and_text
 from blockffn.speculative.drafter import Context
 
 MODES = ("default", "exact")

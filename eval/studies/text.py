@@ -4,8 +4,8 @@
     >>> text(llm, 4)                                             # doctest: +SKIP
     [1153, 1154, 1155, 1156]
 
-Either a planted model (eval/planted.py), which is made when missing and whose greedy text is known, or a file with a
-text.
+Either a planted model (eval/planted/model.py), which is made when missing and whose greedy text is known, or a file
+with a text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def model_and_text(shape: str, path: str | None, file: str | None) -> tuple[str,
 
 
 def _planted(name: str) -> tuple[str, Text]:
-    from blockffn.eval import planted, planted_files
+    from blockffn.eval.planted import files as planted_files
+    from blockffn.eval.planted import model as planted
 
     files = planted_files.models(name)
     return str(files.union), lambda _llm, n: planted.text(files.shape, n)

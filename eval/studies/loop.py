@@ -1,7 +1,7 @@
 """What the Python around llama.cpp costs in one step of speculative decoding, by size and shape of the draft.
 
-    $ python -m blockffn.eval.loop_overhead -m model.gguf -f text.txt
-    $ python -m blockffn.eval.loop_overhead -m model.gguf -f text.txt --head head.gguf
+    $ python -m blockffn.eval.studies.loop -m model.gguf -f text.txt
+    $ python -m blockffn.eval.studies.loop -m model.gguf -f text.txt --head head.gguf
 
 A step's seconds less those of llama_decode and of waiting for its logits: filling the batch, greedy sampling, walking
 the draft, clearing the cache, statistics, the choice of the plan; drafting is a column of its own (with `--head` that
@@ -27,8 +27,8 @@ import numpy as np
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.guesses import GuessingDrafter
-from blockffn.eval.model_text import add_model_arguments, model_and_text
+from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.studies.text import add_model_arguments, model_and_text
 from blockffn.speculative.cost import Plan, Policy
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling

@@ -1,6 +1,6 @@
 """Perplexity of a model on a text, and KL divergence of one model from another, window by window in bounded memory.
 
-    >>> from blockffn.eval.perplexity import perplexity
+    >>> from blockffn.eval.quality.perplexity import perplexity
     >>> perplexity(llm, llm.tokenize(b"..."), n_ctx=512).perplexity      # doctest: +SKIP
     7.31
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import metrics
+from blockffn.eval.quality import metrics
 
 if TYPE_CHECKING:
     from blockffn.llama import Llama

@@ -1,6 +1,6 @@
 """Random-weight models of the published shapes, in which routing and the next token are planted.
 
-    >>> from blockffn.eval.planted import SHAPES, text
+    >>> from blockffn.eval.planted.model import SHAPES, text
     >>> SHAPES["1.2b"].n_layer, SHAPES["1.2b"].n_expert
     (35, 56)
     >>> text(SHAPES["tiny"], 4, start=1000)

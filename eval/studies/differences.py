@@ -1,7 +1,7 @@
 """How often does greedy text differ between plain decoding and speculative decoding in the default mode?
 
-    $ python -m blockffn.eval.text_differences -m model-f16.gguf -f text.txt --types F16,Q8_0,Q4_0,Q4_K_M
-    $ python -m blockffn.eval.text_differences --shape 1.2b --texts 4
+    $ python -m blockffn.eval.studies.differences -m model-f16.gguf -f text.txt --types F16,Q8_0,Q4_0,Q4_K_M
+    $ python -m blockffn.eval.studies.differences --shape 1.2b --texts 4
 
 Greedy texts are generated plainly from pieces of the text, then followed once more with drafts of several shapes: at
 every token the choice of the speculative batch is compared with the plain one, and the plain one is taken, so that a
@@ -26,8 +26,8 @@ import numpy as np
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.guesses import GuessingDrafter
-from blockffn.eval.model_text import Text, add_model_arguments, model_and_text
+from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
 from blockffn.speculative.cost import Plan
 from blockffn.speculative.loop import Sampling
 

@@ -1,6 +1,6 @@
 """Does a GGUF compute in llama.cpp what the checkpoint computes in torch? `blockffn convert --verify` asks this.
 
-    >>> from blockffn.eval.parity import verify
+    >>> from blockffn.eval.quality.parity import verify
     >>> report = verify("model.gguf", "checkpoint-folder")      # doctest: +SKIP
     >>> report.passed, report.nmse                              # doctest: +SKIP
     (True, 3.1e-13)
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import metrics
+from blockffn.eval.quality import metrics
 from blockffn.gguf_file import read_gguf
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""One contender of blockffn.eval.bench_peers that runs in Python: blockffn.Llama, or llama_cpp.Llama as it is.
+"""One contender of blockffn.eval.bench.peers that runs in Python: blockffn.Llama, or llama_cpp.Llama as it is.
 
-    $ echo '{"prompt": "import os", "tokens": 32}' | python -m blockffn.eval.bench_peer_worker model.gguf --threads 2
+    $ echo '{"prompt": "import os", "tokens": 32}' | python -m blockffn.eval.bench.peer_worker model.gguf --threads 2
 
 Answers {"tokens", "seconds", "steps", "drafted", "accepted"} per prompt: seconds from the first token to the last.
 """
@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from blockffn.errors import BlockffnError
-from blockffn.eval.bench_worker import memory
+from blockffn.eval.bench.worker import memory
 
 CONTEXT = 1024
 
@@ -31,7 +31,7 @@ class Peer:
     def _ours(self, args: argparse.Namespace, options: dict[str, Any]) -> Any:
         import blockffn
         from blockffn.commands.common import open_drafter
-        from blockffn.eval.bench_generate import parse_plan
+        from blockffn.eval.bench.generate import parse_plan
 
         llm = blockffn.Llama(args.model, ffn=args.ffn, **options)
         if args.draft:
@@ -93,7 +93,7 @@ def counting_lookup(n_tokens: int) -> Any:
 
 def main() -> int:
     """Answer requests from stdin until it closes; the first answer says that the model is loaded."""
-    parser = argparse.ArgumentParser(description="one contender of blockffn.eval.bench_peers")
+    parser = argparse.ArgumentParser(description="one contender of blockffn.eval.bench.peers")
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--ffn", default="union")

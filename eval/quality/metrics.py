@@ -1,7 +1,7 @@
 """How far two models' logits lie apart: normalised squared error, KL divergence, top-1 agreement, log-likelihood.
 
     >>> import numpy as np
-    >>> from blockffn.eval.metrics import nmse, top1_agreement
+    >>> from blockffn.eval.quality.metrics import nmse, top1_agreement
     >>> a = np.array([[1.0, 2.0, 4.0]]); b = np.array([[1.0, 2.0, 3.0]])
     >>> round(nmse(b, a), 4), top1_agreement(b, a)
     (0.0476, 1.0)

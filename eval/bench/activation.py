@@ -1,8 +1,8 @@
 """What an expert activation costs in a whole model: NormSiLU beside SiLU, all weights equal, one run.
 
-    $ python -m blockffn.eval.bench_activation --profile portable --json      # DECO-1.2B in Q4_0, made when missing
+    $ python -m blockffn.eval.bench.activation --profile portable --json      # DECO-1.2B in Q4_0, made when missing
 
-Two random models of a DECO shape (blockffn.eval.planted) differ in nothing but expert_act_func, so that tokens, routing
+Two random models of a DECO shape (eval/planted) differ in nothing but expert_act_func, so that tokens, routing
 and bytes are the same. They are timed as `blockffn bench` times its candidates: in turn, a process each, medians over
 all steps. The last column is the time of NormSiLU over that of SiLU.
 """
@@ -17,8 +17,10 @@ from typing import Any
 
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
-from blockffn.eval import bench, planted, planted_files
+from blockffn.eval.bench import models as bench
 from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import model as planted
 from blockffn.threads import physical_cores
 
 ACTIVATIONS = ("norm_silu", "silu")
@@ -47,7 +49,7 @@ def compare(
 
 
 def rows_of(rows: list[Row], names: list[str]) -> list[Row]:
-    """Pair the rows of `blockffn.eval.bench` by phase; `names` are the model files in the order of ACTIVATIONS."""
+    """Pair the rows of `blockffn bench` by phase; `names` are the model files in the order of ACTIVATIONS."""
     by_key = {(row["model"], row["phase"], row["n"]): row for row in rows}
     found = []
     for phase, n in dict.fromkeys((row["phase"], row["n"]) for row in rows):

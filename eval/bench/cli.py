@@ -25,9 +25,9 @@ from blockffn.threads import physical_cores
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn bench`."""
-    from blockffn.eval import bench
+    from blockffn.eval.bench import models as bench
     from blockffn.eval.environment import PROFILES
-    from blockffn.eval.planted import SHAPES
+    from blockffn.eval.planted.model import SHAPES
 
     models = parser.add_mutually_exclusive_group()
     models.add_argument("-m", "--model", metavar="M.gguf", help="model in the expert layout")
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
-    from blockffn.eval import bench, planted_head
+    from blockffn.eval.bench import models as bench
+    from blockffn.eval.planted import head as planted_head
 
     drafts = parser.add_argument_group("speculative decoding")
     drafts.add_argument("--acceptance", metavar="P,P", help="with --shape: first guesses right with this probability")
@@ -75,7 +76,8 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the models if needed, time them, print the tables."""
-    from blockffn.eval import bench, bench_report
+    from blockffn.eval.bench import models as bench
+    from blockffn.eval.bench import report as bench_report
     from blockffn.eval.environment import environment, profile_directory
 
     directory = profile_directory(args.profile)
@@ -112,7 +114,7 @@ def _print_environment(where: dict[str, Any]) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from blockffn.eval import bench
+    from blockffn.eval.bench import models as bench
 
     if args.model is None and (args.dense or args.file):
         raise BlockffnError("--dense and --file: these go with -m; --shape makes both files and the text itself")
@@ -127,8 +129,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _planted(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    from blockffn.eval import planted, planted_files, planted_head
-    from blockffn.eval.bench import Candidate
+    from blockffn.eval.bench.models import Candidate
+    from blockffn.eval.planted import files as planted_files
+    from blockffn.eval.planted import head as planted_head
+    from blockffn.eval.planted import model as planted
 
     files = planted_files.models(args.shape or "1.2b", args.type, say=_say)
     tokens = planted.text(files.shape, 4096 + args.past)
@@ -142,7 +146,7 @@ def _planted(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _given(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    from blockffn.eval.bench import Candidate
+    from blockffn.eval.bench.models import Candidate
     from blockffn.inspection import SAMPLE_TEXT
 
     drafts = args.draft or []
@@ -164,7 +168,7 @@ def _is_head(draft: str) -> bool:
 
 
 def _plans(value: str) -> list[str]:
-    from blockffn.eval.bench_generate import parse_plan
+    from blockffn.eval.bench.generate import parse_plan
 
     plans = [" ".join(part.replace(":", " ").split()) for part in value.split(",") if part.strip()]
     for plan in plans:

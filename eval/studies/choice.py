@@ -1,7 +1,7 @@
 """Does the automatic choice of the draft find the best fixed one? Measured on a model, at controlled acceptance.
 
-    $ python -m blockffn.eval.spec_choice --shape 1.2b                     # a planted model (eval/planted.py)
-    $ python -m blockffn.eval.spec_choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
+    $ python -m blockffn.eval.studies.choice --shape 1.2b                     # a planted model (eval/planted/model.py)
+    $ python -m blockffn.eval.studies.choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
 
 The model follows a given text (its logits are computed, the next token is the text's), and a drafter that knows the
 text guesses each token with the given probability. Which tokens it guesses is drawn beforehand, so that all candidates
@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.guesses import GuessingDrafter
-from blockffn.eval.model_text import Text, add_model_arguments, model_and_text
+from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
 from blockffn.speculative.cost import PLAIN, Plan, Policy
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.generate import TREE_SIZES

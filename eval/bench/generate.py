@@ -49,7 +49,7 @@ class Mark:
 
 
 class Generation:
-    """Generates with one model and one drafter; `draft` as in blockffn.eval.bench.Candidate, None for none."""
+    """Generates with one model and one drafter; `draft` as in blockffn.eval.bench.models.Candidate, None for none."""
 
     def __init__(self, llm: Any, draft: str | None = None, scripted: bool = False, trees: bool = False) -> None:
         self.llm, self.drafter = llm, open_drafter(llm, draft, scripted, trees)

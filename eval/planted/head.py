@@ -1,7 +1,7 @@
 """A random EAGLE-2 head beside a planted model: for its time, its tokens mean nothing.
 
-    >>> from blockffn.eval import planted_files
-    >>> from blockffn.eval.planted_head import head
+    >>> from blockffn.eval.planted import files as planted_files
+    >>> from blockffn.eval.planted.head import head
     >>> head(planted_files.models("tiny")).name            # doctest: +SKIP
     'tiny-eagle-32768-Q4_0.gguf'
 
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from blockffn.eval.planted import FIRST_TOKEN, PlantedShape
-from blockffn.eval.planted_files import PlantedModels
+from blockffn.eval.planted.files import PlantedModels
+from blockffn.eval.planted.model import FIRST_TOKEN, PlantedShape
 
 DRAFT_TOKENS = 32768  # the larger of the published settings; the other is 16384
 

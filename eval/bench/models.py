@@ -1,13 +1,13 @@
 """The same weights run by the union op and densely, in one run: decoding, verification of n tokens, prefill, memory,
 and speculative decoding.
 
-    >>> from blockffn.eval.bench import Candidate, run
+    >>> from blockffn.eval.bench.models import Candidate, run
     >>> pair = [Candidate("model-Q4_0.gguf", "union"), Candidate("model-dense-Q4_0.gguf", "dense")]
     >>> rows = run(pair, tokens, threads=2)                            # doctest: +SKIP
     >>> rows[0]["phase"], rows[0]["tokens_per_second"]                 # doctest: +SKIP
     ('decode', 41.3)
 
-Every candidate is loaded in a process of its own (blockffn.eval.bench_worker), so that its peak memory is its own. The
+Every candidate is loaded in a process of its own (blockffn.eval.bench.worker), so that its peak memory is its own. The
 phases of one round run one after another, and within a phase the candidates take turns, in alternating order: whatever
 else the machine does meets all of them. Figures are medians over all steps of all rounds; the spread is half the
 distance of the quartiles divided by the median.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockffn.eval.bench_process import Channel
+from blockffn.eval.bench.process import Channel
 
 VERIFY = (2, 4, 8, 16, 32)
 PREFILL = 512
@@ -113,7 +113,7 @@ class Process(Channel):
     def __init__(
         self, candidate: Candidate, threads: int, past: int, directory: Path | None, exact: bool = False
     ) -> None:
-        command = [sys.executable, "-m", "blockffn.eval.bench_worker", candidate.path, "--ffn", candidate.ffn]
+        command = [sys.executable, "-m", "blockffn.eval.bench.worker", candidate.path, "--ffn", candidate.ffn]
         command += ["--threads", str(threads), "--past", str(past)]
         command += ["--draft", candidate.draft] if candidate.draft else []
         flags = {"--scripted": candidate.scripted, "--trees": candidate.trees, "--exact": exact}
@@ -160,7 +160,7 @@ def run(
     directory: of the libraries, None for the usual. The first round warms up and is not counted.
     Errors: BlockffnError when a model cannot be loaded.
     """
-    from blockffn.eval.bench_report import rows
+    from blockffn.eval.bench.report import rows
 
     chosen = list(timed if timed is not None else phases())
     workers: list[Process] = []

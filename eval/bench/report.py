@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from blockffn.eval.bench import Phase, Process, Result
+    from blockffn.eval.bench.models import Phase, Process, Result
 
 Row = dict[str, Any]
 COUNTS = ("steps", "plain_steps", "tree_steps", "drafted", "accepted", "switched_off")

@@ -1,6 +1,6 @@
 """Speed and memory of `blockffn convert` beside llama.cpp's own converter, on random checkpoints of like size.
 
-$ python -m blockffn.eval.bench_convert --shape 1.2b --repeat 3 \
+$ python -m blockffn.eval.bench.convert --shape 1.2b --repeat 3 \
     --upstream-python build/upstream-convert/bin/python --upstream build/pristine/vendor/llama.cpp
 
 The upstream converter needs its own requirements (requirements/requirements-convert_hf_to_gguf.txt) in an environment
@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 
 from blockffn.errors import BlockffnError
 from blockffn.eval.environment import environment
-from blockffn.eval.planted import PlantedShape, shape_named
-from blockffn.eval.planted_files import n_weights, write_checkpoint
+from blockffn.eval.planted.files import n_weights, write_checkpoint
+from blockffn.eval.planted.model import PlantedShape, shape_named
 
 SHARD_BYTES = 400 << 20
 FIXED = 600e6  # bytes that the interpreter and its libraries may take
@@ -39,7 +39,7 @@ FIXED = 600e6  # bytes that the interpreter and its libraries may take
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print a table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", default="1.2b", help="a shape of blockffn.eval.planted")
+    parser.add_argument("--shape", default="1.2b", help="a shape of blockffn.eval.planted.model")
     parser.add_argument("--outtypes", nargs="+", default=["f16", "f32"], help="output types; the source is F16")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--upstream", type=Path, help="llama.cpp tree with convert_hf_to_gguf.py")

@@ -1,11 +1,11 @@
 """One model in a process of its own, timed on request: what `blockffn bench` starts once per model.
 
-    $ echo '{"phase": "decode", "n": 1, "steps": 8}' | python -m blockffn.eval.bench_worker model.gguf < requests
+    $ echo '{"phase": "decode", "n": 1, "steps": 8}' | python -m blockffn.eval.bench.worker model.gguf < requests
 
 The parent interleaves the requests of several workers; while one works, the others wait for a line on stdin.
 Requests and answers are JSON, one per line: phases `decode` and `verify` answer the seconds of every step, `prefill`
 those of the whole text, `activity` what the router chose, `memory` the peak resident memory of this process. A request
-with a plan generates text (blockffn.eval.bench_generate) and answers the seconds per token, with statistics.
+with a plan generates text (blockffn.eval.bench.generate) and answers the seconds per token, with statistics.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace, tokens: Sequence[int], known: bool) -> None:
         import blockffn
-        from blockffn.eval.bench_generate import Generation
+        from blockffn.eval.bench.generate import Generation
 
         options = {"n_batch": BATCH, "n_ubatch": BATCH, "n_threads": args.threads, "verbose": True}
         self.llm = blockffn.Llama(args.model, n_ctx=args.past + 2 * BATCH, ffn=args.ffn, exact=args.exact, **options)
@@ -88,7 +88,7 @@ class Worker:
 
     def activity(self, n_tokens: int) -> dict[str, Any]:
         """Return TLS and CLS_c on the text, as the router inside llama.cpp chose."""
-        from blockffn.eval.sparsity import sparsity
+        from blockffn.eval.quality.sparsity import sparsity
 
         if self.llm.n_moe_layers == 0:
             return {}

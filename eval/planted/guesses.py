@@ -1,7 +1,7 @@
 """A drafter for experiments whose luck is drawn beforehand: every candidate of a comparison meets the same one.
 
     >>> import numpy as np
-    >>> from blockffn.eval.guesses import GuessingDrafter
+    >>> from blockffn.eval.planted.guesses import GuessingDrafter
     >>> from blockffn.speculative.drafter import Context
     >>> drafter = GuessingDrafter([4, 5, 6, 7], acceptance=1.0, n_vocab=100)
     >>> drafter.propose(Context(np.array([4], dtype=np.int32)), 2).tokens.tolist()

@@ -1,8 +1,8 @@
 """Run the benchmark of the ops and write its table, its figures and a plot.
 
-    python -m blockffn.eval.bench_ops --build build/native            # what `make bench-ops` calls
-    python -m blockffn.eval.bench_ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
-    python -m blockffn.eval.bench_ops --active 0.6 --no-files         # where most experts are active
+    python -m blockffn.eval.bench.ops --build build/native            # what `make bench-ops` calls
+    python -m blockffn.eval.bench.ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
+    python -m blockffn.eval.bench.ops --active 0.6 --no-files         # where most experts are active
 
 The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
 {"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between
@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from blockffn.errors import BlockffnError
-
-from .environment import ROOT, environment, headline
+from blockffn.eval.environment import ROOT, environment, headline
 
 Row = dict[str, Any]
 DOCS = ROOT / "docs"

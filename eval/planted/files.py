@@ -1,6 +1,6 @@
 """Planted models as files: checkpoint -> GGUF in both layouts -> quantized, each step made once and kept under build/.
 
-    >>> from blockffn.eval.planted_files import models
+    >>> from blockffn.eval.planted.files import models
     >>> models("tiny").union.name                          # doctest: +SKIP
     'tiny-Q4_0.gguf'
 
@@ -21,8 +21,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from blockffn.errors import BlockffnError
-from blockffn.eval import planted
-from blockffn.eval.planted import PlantedShape
+from blockffn.eval.planted import model as planted
+from blockffn.eval.planted.model import PlantedShape
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "planted"
 SHARD_BYTES = 400 << 20

@@ -1,6 +1,6 @@
 """Speculative decoding beside its peers, on the same prompts, in one run.
 
-$ python -m blockffn.eval.bench_peers -m model-Q4_0.gguf --draft draft.gguf -f code.py
+$ python -m blockffn.eval.bench.peers -m model-Q4_0.gguf --draft draft.gguf -f code.py
 
 Contenders: blockffn.Llama plain, with n-grams and with the draft model (the automatic choice, and llama-cli's fixed
 number of tokens); llama_cpp.Llama as it is, plain and with its own LlamaPromptLookupDecoding, on the patched library
@@ -23,8 +23,8 @@ import numpy as np
 
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
-from blockffn.eval import peer_program
-from blockffn.eval.bench_process import Channel
+from blockffn.eval.bench import peer_program
+from blockffn.eval.bench.process import Channel
 from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
 from blockffn.threads import physical_cores
 
@@ -58,7 +58,7 @@ class Contender:
         """Start it; a worker loads its model with the first prompt."""
         if self.program == "llama-cli":
             return peer_program.Program(model, threads, directory, self.options)
-        command = [sys.executable, "-m", "blockffn.eval.bench_peer_worker", model, "--threads", str(threads)]
+        command = [sys.executable, "-m", "blockffn.eval.bench.peer_worker", model, "--threads", str(threads)]
         return Worker(Channel(self.program, [*command, *self.options], directory))
 
 
@@ -182,7 +182,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Run all contenders; exit code 1 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m blockffn.eval.bench_peers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m blockffn.eval.bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", required=True, metavar="M.gguf", help="model in the expert layout")
     parser.add_argument("--draft", metavar="D.gguf", help="draft model with the same vocabulary")
     parser.add_argument("-f", "--file", required=True, metavar="FILE", help="text that the prompts are cut from")
