@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
 from blockffn.training import cli, corpus
 from blockffn.training.config import OptimizerConfig, read_config
+from blockffn.training.export import export_checkpoint
 from blockffn.training.loop import Windows
 from blockffn.training.optim import orthogonalise, wsd
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.reference import Decoder, ReferenceModel
 from blockffn.training.trainer import Trainer
 
 BLOCKFFN = """
@@ -126,6 +130,77 @@ def test_loss_falls_and_export_reads_back(tmp_path, text, kind):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+ACTIVATIONS = ("silu", "relu", "gelu", "relu_squared", "norm_silu", "norm_silu_nomean", "norm_silu_norms")
+NORMS = ("rms", "sum", "none", "normal")
+LATENT = {"q_lora_rank": 6, "kv_lora_rank": 5, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2}
+GROUPED = {**dict.fromkeys(LATENT, 0), "num_key_value_heads": 1}
+SCALED = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 8}
+PLAIN = {"scale_emb": 1.0, "scale_depth": 0.0, "dim_model_base": 0}
+SHAPES = {
+    "blockffn": [LATENT | SCALED, GROUPED | PLAIN, LATENT | {"tie_word_embeddings": False}],
+    "vanilla": [LATENT | SCALED, GROUPED | PLAIN],
+    "deco": [
+        GROUPED | PLAIN,
+        GROUPED | PLAIN | {"num_dense_layers": 1, "intermediate_size": 12, "shared_expert_size": 3},
+        GROUPED | PLAIN | {"expert_bias": True},
+        GROUPED | PLAIN | {"expert_bias": True, "expert_bias_method": "rms", "tie_word_embeddings": False},
+        LATENT | PLAIN,
+    ],
+}
+
+
+def readable(family, activation, norm, shape):
+    """What the converter reads: gated norms and a bias are DECO's, latent attention and norm sum BlockFFN's."""
+    if family == "vanilla":
+        return True
+    if family == "blockffn":
+        return not activation.startswith("norm_") and norm != "normal"
+    return norm != "sum" and not shape.get("q_lora_rank")
+
+
+def same_config(found, wanted):
+    """Equal field by field; the three scales pass through a quotient and come back within rounding."""
+    scales = ("embedding_scale", "residual_scale", "logit_scale")
+    rest = [{k: v for k, v in dataclasses.asdict(c).items() if k not in scales} for c in (found, wanted)]
+    return rest[0] == rest[1] and all(getattr(found, k) == pytest.approx(getattr(wanted, k)) for k in scales)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_what_can_be_trained_is_read_back(tmp_path, text, family):
+    """Every accepted combination survives export and the converter; every other one is refused before training."""
+    experts = {} if family == "vanilla" else {"num_experts": 7, "dim_expert": 4}
+    combinations = [("silu", "rms")] if family == "vanilla" else itertools.product(ACTIVATIONS, NORMS)
+    accepted = 0
+    for (activation, norm), shape in itertools.product(combinations, SHAPES[family]):
+        table = {
+            "name": "m",
+            "family": family,
+            "expert_activation": activation,
+            "router_norm": norm,
+            **experts,
+            **shape,
+        }
+        if not readable(family, activation, norm, shape):
+            with pytest.raises(BlockffnError, match=r"\[model\]"):
+                config_of(tmp_path, DENSE if family == "vanilla" else BLOCKFFN, model=table)
+            continue
+        config = config_of(tmp_path, DENSE if family == "vanilla" else BLOCKFFN, model=table).model
+        decoder = Decoder(config)
+        with torch.no_grad():
+            for number, (_, value) in enumerate(decoder.canonical()):
+                value.normal_(generator=torch.Generator().manual_seed(number))
+        export_checkpoint(tmp_path / "m", decoder, text.tokenizer)
+        found, tensors = load_canonical(tmp_path / "m")
+        assert same_config(found, config), (activation, norm, shape)
+        written = dict(decoder.canonical())
+        assert set(tensors) == set(written)
+        for name, value in written.items():
+            stored = value if name.endswith("expert_bias") else value.bfloat16()
+            assert torch.equal(tensors[name].float(), stored.float()), name
+        accepted += 1
+    assert accepted == {"vanilla": 2, "blockffn": 4 * 3 * 3, "deco": 7 * 3 * 4}[family]
+
+
 def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -200,7 +275,7 @@ BAD = {
     "optimizer": (("optimizer", "kind", "sgd"), "expected one of adamw, muon"),
     "family": (("model", "family", "gpt"), "expected one of blockffn, deco, vanilla"),
     "precision": (("run", "precision", "fp8"), "expected one of float32, bfloat16"),
-    "heads": (("model", "num_attention_heads", 3), "no multiple of 3 heads"),
+    "heads": (("model", "num_attention_heads", 3), "expected a multiple of 3 heads, found 16"),
     "batch": (("optimizer", "micro_sequences", 3), "no multiple of micro_sequences"),
     "schedule": (("optimizer", "decay_steps", 11), "exceed steps 12"),
     "experts": (("model", "num_experts", 0), "num_experts: expected a positive number"),
@@ -208,6 +283,15 @@ BAD = {
     "zero": (("optimizer", "steps", 0), "steps: expected a positive number"),
     "bias": (("objective", "bias_rate", 1e-3), "bias_rate needs expert_bias"),
     "shared": (("model", "shared_expert_size", 4), "need family deco"),
+    "activation": (("model", "expert_activation", "silo"), r"expected one of silu, relu, .* did you mean 'silu'"),
+    "norm": (("model", "router_norm", "normal"), "router_norm: expected one of rms, sum, none for family blockffn"),
+    "bias method": (("model", "expert_bias_method", "RMS"), "expert_bias_method: expected one of base, rms"),
+    "groups": (("model", "num_key_value_heads", 1), "latent attention has no groups"),
+    "divisor": (("model", "num_key_value_heads", 3), "a divisor of num_attention_heads = 2"),
+    "odd": (("model", "qk_rope_head_dim", 3), "qk_rope_head_dim: expected an even number, found 3"),
+    "scale": (("model", "scale_emb", 0.0), "scale_emb: expected a positive number"),
+    "negative": (("model", "scale_depth", -1.0), "scale_depth: expected 0 or more"),
+    "dense": (("model", "family", "vanilla"), "intermediate_size: expected a positive number"),
 }
 
 

@@ -27,6 +27,13 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 FAMILIES = ("blockffn", "deco", "vanilla")
+# What the published layout of each family can hold.
+EXPERT_ACTIVATIONS = {
+    "blockffn": ("silu", "relu", "gelu", "relu_squared"),
+    "deco": ("silu", "relu", "gelu", "relu_squared", "norm_silu", "norm_silu_nomean", "norm_silu_norms"),
+}
+ROUTER_NORMS = {"blockffn": ("rms", "sum", "none"), "deco": ("none", "rms", "normal")}
+BIAS_METHODS = ("base", "rms")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -144,6 +151,7 @@ class _ModelTable:
     expert_activation: str = "silu"
     router_norm: str = "rms"
     expert_bias: bool = False
+    expert_bias_method: str = "base"  # "rms": the bias is a multiple of the root mean square of the router logits
     q_lora_rank: int = 0  # 0: grouped-query attention
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
@@ -157,37 +165,10 @@ class _ModelTable:
 
 def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> ModelConfig:
     m = read_table(path, "model", tables, _ModelTable)
-    if m.family not in FAMILIES:
-        raise BlockffnError(f"{path}: [model] family: expected one of {', '.join(FAMILIES)}, found {m.family!r}")
-    if m.hidden_size % m.num_attention_heads:
-        raise BlockffnError(
-            f"{path}: [model] hidden_size {m.hidden_size} is no multiple of {m.num_attention_heads} heads"
-        )
-    experts = m.family != "vanilla"
-    needed: tuple[str, ...] = ("num_experts", "dim_expert") if experts else ("intermediate_size",)
-    needed += ("intermediate_size",) if m.num_dense_layers else ()
-    needed += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim") if m.q_lora_rank else ()
-    for key in needed:
-        if getattr(m, key) <= 0:
-            raise BlockffnError(f"{path}: [model] {key}: expected a positive number for this model, found none")
+    check_exportable(path, m)
     head_dim, n_layer = m.hidden_size // m.num_attention_heads, m.num_hidden_layers
     mla = MlaConfig(m.q_lora_rank, m.kv_lora_rank, m.qk_nope_head_dim, m.qk_rope_head_dim, head_dim, 1e-6)
-    moe = MoeConfig(
-        n_expert=m.num_experts,
-        expert_dim=m.dim_expert,
-        gated=False,
-        activation=m.expert_activation,
-        activation_eps=m.rms_norm_eps if m.expert_activation.startswith("norm_silu") else 0.0,
-        router_norm=m.router_norm,
-        router_norm_eps=m.rms_norm_eps,
-        router_norm_scale=1.0,
-        router_scale=1.0,
-        router_weight=m.num_experts,
-        bias_method="base" if m.expert_bias else "none",
-        shared_dim=m.shared_expert_size,
-        shared_gated=m.family == "deco",
-    )
-    dense = m.num_dense_layers if experts else n_layer
+    dense = n_layer if m.family == "vanilla" else m.num_dense_layers
     return ModelConfig(
         name=m.name,
         family=m.family,
@@ -207,12 +188,32 @@ def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> 
         logit_scale=m.dim_model_base / m.hidden_size if m.dim_model_base else 1.0,
         tied=m.tie_word_embeddings,
         mla=mla if m.q_lora_rank else None,
-        moe=moe if experts else None,
+        moe=None if m.family == "vanilla" else _moe(m),
         dense_dim=tuple(m.intermediate_size if i < dense else 0 for i in range(n_layer)),
-        dense_activation="silu",
+        dense_activation=m.expert_activation if m.family == "blockffn" else "silu",
         bos_id=1,
         eos_ids=(2,),
         pad_id=None,
+    )
+
+
+def _moe(m: _ModelTable) -> MoeConfig:
+    """The experts as the converter reads them: an eps, and in BlockFFN a factor, only where the norm has one."""
+    deco = m.family == "deco"
+    return MoeConfig(
+        n_expert=m.num_experts,
+        expert_dim=m.dim_expert,
+        gated=False,
+        activation=m.expert_activation,
+        activation_eps=m.rms_norm_eps if m.expert_activation in ("norm_silu", "norm_silu_nomean") else 0.0,
+        router_norm=m.router_norm,
+        router_norm_eps=m.rms_norm_eps if m.router_norm in ("rms", "normal") else 0.0,
+        router_norm_scale=1.0,
+        router_scale=1.0,
+        router_weight=m.num_experts if deco or m.router_norm == "rms" else 0,
+        bias_method=m.expert_bias_method if m.expert_bias else "none",
+        shared_dim=m.shared_expert_size,
+        shared_gated=m.shared_expert_size > 0,
     )
 
 
@@ -231,7 +232,6 @@ def read_tables(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None) -
 
 def _check_values(path: Path, config: TrainConfig) -> None:
     objective = config.objective
-    check_exportable(path, config.model)
     wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
     if wanted and config.model.moe is None:
         raise BlockffnError(
@@ -264,23 +264,66 @@ def check_optimizer(path: Path, o: OptimizerConfig, run: RunConfig) -> None:
         )
 
 
-def check_exportable(path: Path, model: ModelConfig) -> None:
+def check_exportable(path: Path, m: _ModelTable) -> None:
     """Raise BlockffnError, before hours of training, when no published checkpoint layout can hold this model."""
-    moe = model.moe
-    scaled = (model.embedding_scale, model.residual_scale, model.logit_scale) != (1.0, 1.0, 1.0)
-    if model.family == "deco" and (model.mla or scaled):
+    _check_choice(path, "family", m.family, FAMILIES)
+    _check_sizes(path, m)
+    if m.family == "vanilla":
+        experts = (m.num_experts, m.dim_expert, m.num_dense_layers, m.shared_expert_size, m.expert_bias)
+        if any(experts) or m.expert_activation != "silu":
+            raise BlockffnError(
+                f"{path}: [model] family vanilla: expected no experts, found keys that describe some; remove "
+                "num_experts, dim_expert, num_dense_layers, shared_expert_size, expert_*, or choose another family"
+            )
+        return
+    _check_choice(path, "expert_activation", m.expert_activation, EXPERT_ACTIVATIONS[m.family], m.family)
+    _check_choice(path, "router_norm", m.router_norm, ROUTER_NORMS[m.family], m.family)
+    _check_choice(path, "expert_bias_method", m.expert_bias_method, BIAS_METHODS)
+    if m.family == "deco" and (m.q_lora_rank or (m.scale_emb, m.scale_depth, m.dim_model_base) != (1.0, 0, 0)):
         raise BlockffnError(
             f"{path}: [model] family deco: expected plain attention and no scales; remove q_lora_rank, scale_*, dim_*"
         )
-    if model.family == "blockffn" and moe is not None:
-        if moe.shared_dim or any(model.dense_dim) or moe.bias_method != "none":
-            raise BlockffnError(
-                f"{path}: [model] family blockffn: shared expert, dense layers and expert bias need family deco"
-            )
-        if moe.activation.startswith("norm_"):
-            raise BlockffnError(
-                f"{path}: [model] family blockffn: expert_activation {moe.activation!r} needs family deco"
-            )
+    if m.family == "blockffn" and (m.shared_expert_size or m.num_dense_layers or m.expert_bias):
+        raise BlockffnError(
+            f"{path}: [model] family blockffn: shared expert, dense layers and expert bias need family deco"
+        )
+
+
+def _check_choice(path: Path, key: str, found: str, known: tuple[str, ...], family: str = "") -> None:
+    if found not in known:
+        of = f" for family {family}" if family else ""
+        near = difflib.get_close_matches(found, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BlockffnError(f"{path}: [model] {key}: expected one of {', '.join(known)}{of}, found {found!r}{hint}")
+
+
+def _check_sizes(path: Path, m: _ModelTable) -> None:
+    """Raise BlockffnError for numbers of [model] that are missing, not positive or do not fit together."""
+    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    needed += ["max_position_embeddings", "rope_theta", "rms_norm_eps", "scale_emb"]
+    needed += ["intermediate_size"] if m.family == "vanilla" else ["num_experts", "dim_expert"]
+    needed += ["intermediate_size"] if m.num_dense_layers else []
+    latent = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
+    needed += latent if any(getattr(m, key) for key in latent) else []
+    for key in needed:
+        if getattr(m, key) <= 0:
+            found = getattr(m, key) or "none"
+            raise BlockffnError(f"{path}: [model] {key}: expected a positive number for this model, found {found}")
+    for key in ("num_dense_layers", "shared_expert_size", "scale_depth", "dim_model_base"):
+        if getattr(m, key) < 0:
+            raise BlockffnError(f"{path}: [model] {key}: expected 0 or more, found {getattr(m, key)}")
+    heads, kv_heads = m.num_attention_heads, m.num_key_value_heads
+    rules = (
+        ("hidden_size", m.hidden_size % heads == 0, f"a multiple of {heads} heads"),
+        ("num_key_value_heads", heads % kv_heads == 0, f"a divisor of num_attention_heads = {heads}"),
+        ("num_key_value_heads", not m.q_lora_rank or heads == kv_heads, f"{heads}, as latent attention has no groups"),
+        ("hidden_size", bool(m.q_lora_rank) or m.hidden_size // heads % 2 == 0, f"an even quotient by {heads} heads"),
+        ("qk_rope_head_dim", m.qk_rope_head_dim % 2 == 0, "an even number"),
+        ("num_dense_layers", m.num_dense_layers < m.num_hidden_layers, "fewer than num_hidden_layers"),
+    )
+    for key, holds, expected in rules:
+        if not holds:
+            raise BlockffnError(f"{path}: [model] {key}: expected {expected}, found {getattr(m, key)}")
 
 
 def check_names(path: Path, table: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model_config import ModelConfig, MoeConfig
 from blockffn.convert.tensor_names import DECO_MOE, HF
 from blockffn.errors import BlockffnError
 from blockffn.training.reference import Decoder
@@ -29,6 +29,7 @@ DECO_EXPERTS = {
     "gate_exps": "mlp.expert_gate_proj.weight",
     "down_exps": "mlp.expert_down_proj.weight",
 }
+SQUARED_RELU = {"blockffn": "relu2", "deco": "sqrelu"}  # transformers' word and the training framework's
 BLOCK_EXPERTS = {"up_exps": "mlp.up_proj", "down_exps": "mlp.down_proj"}  # block_linear: no suffix
 
 
@@ -85,7 +86,7 @@ def blockffn_keys(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["MiniCPMForCausalLM"],
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0],
-        "hidden_act": config.dense_activation,
+        "hidden_act": config.dense_activation if config.moe is None else _activation_name(config.moe, "blockffn"),
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
@@ -163,10 +164,15 @@ def deco_keys(config: ModelConfig) -> dict[str, Any]:
         "router_norm_fixed": fixed,
         "router_norm_scalar": moe.router_weight == 1,
         "router_norm_init_var": moe.router_scale if fixed else 0.1,
-        "expert_act_func": moe.activation,
+        "expert_act_func": _activation_name(moe, "deco"),
         "expert_act_norm_type": "normal",
         "expert_not_gated": not moe.gated,
     }
+
+
+def _activation_name(moe: MoeConfig, family: str) -> str:
+    """The published word for the experts' activation."""
+    return SQUARED_RELU[family] if moe.activation == "relu_squared" else moe.activation
 
 
 def _stored(config: ModelConfig, canonical: str, value: Tensor) -> tuple[str, Tensor]:
