@@ -16,7 +16,7 @@ from typing import Any
 
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Drafter, EagleDrafter, NGramDrafter, ScriptedDrafter, TreeShape
-from blockffn.speculative.cost import Plan, Policy
+from blockffn.speculative.cost import Plan, Policy, limits
 from blockffn.speculative.scripted import guesses
 
 CHILDREN = 4  # guesses of a scripted drafter for one place in a tree
@@ -91,8 +91,7 @@ class Generation:
 
     def _policy(self, plan: str) -> Policy:
         """Return a fresh policy: a fixed plan, or the automatic choice with the limits of this drafter."""
-        given = self.llm._loop.policy
-        return Policy(given.max_nodes, given.tree_sizes, parse_plan(plan))
+        return Policy(*limits(self.drafter or Drafter()), parse_plan(plan))
 
     def _generate(self, prompt: Sequence[int], n_tokens: int) -> tuple[dict[str, Any], list[int]]:
         """Return what `run` returns, and the tokens."""

@@ -31,14 +31,13 @@ from blockffn.cli import guarded
 from blockffn.commands.common import count
 from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
-from blockffn.speculative.cost import PLAIN, Plan, Policy
+from blockffn.speculative.cost import PLAIN, Plan, Policy, limits, tree_sizes
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.generate import TREE_SIZES
 from blockffn.speculative.loop import Loop, Sampling
 
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in TREE_SIZES))
+PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in tree_sizes(GuessingDrafter.max_nodes)))
 WORTH = 0.88  # fixed plans that calibration puts below this share of the best one are not measured
 MOST = 5  # nor more than so many
 
@@ -131,7 +130,7 @@ class Experiment:
     def candidate(self, name: str, drafter: Drafter, fixed: Plan | None) -> Candidate:
         """Return a way to decode with a policy of its own."""
         llm = self.plain if fixed is PLAIN else self.drafting
-        policy = TimedPolicy(min(drafter.max_nodes, drafter.max_chain), TREE_SIZES, fixed)
+        policy = TimedPolicy(*limits(drafter), fixed)
         return Candidate(name, Loop(llm, llm._loop.target, drafter, policy, llm._loop.union))
 
     def calibrate(self) -> dict[Plan, float]:

@@ -22,6 +22,7 @@ import logging
 import math
 from dataclasses import dataclass
 
+from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
 
 log = logging.getLogger("blockffn.speculative")
@@ -51,6 +52,20 @@ class Plan:
 
 
 PLAIN = Plan()
+
+
+def tree_sizes(max_nodes: int) -> tuple[int, ...]:
+    """Return the sizes of trees that are compared where the largest has `max_nodes` nodes: a quarter, half and all.
+
+    >>> tree_sizes(31)
+    (8, 16, 31)
+    """
+    return tuple(size for size in sorted({-(-max_nodes // 4), -(-max_nodes // 2), max_nodes}) if size > 1)
+
+
+def limits(drafter: Drafter) -> tuple[int, tuple[int, ...]]:
+    """Return the longest chain and the sizes of trees that are compared with this drafter."""
+    return min(drafter.max_nodes, drafter.max_chain), tree_sizes(drafter.max_nodes) if drafter.can_tree else ()
 
 
 class Policy:

@@ -33,6 +33,12 @@ class Draft:
     is_chain: bool
     source: str = field(default="", compare=False)  # name of the drafter, for the statistics
 
+    def __post_init__(self) -> None:
+        """Check the order of the nodes, which positions and sequences follow from. ValueError when it is wrong."""
+        n, above = len(self.tokens), self.parents
+        if len(above) != n or (not self.is_chain and bool((above >= np.arange(n)).any() or (above < ROOT).any())):
+            raise ValueError(f"draft tree: a parent must stand before its children, found parents {above.tolist()}")
+
     @staticmethod
     def chain(tokens: Sequence[int] | Tokens, source: str = "") -> Draft:
         """Return a draft in which every token follows the one before it."""
@@ -45,12 +51,9 @@ class Draft:
         array, above = np.asarray(tokens, dtype=np.int32), np.asarray(parents, dtype=np.int32)
         if array.shape != above.shape or array.ndim != 1:
             raise ValueError(f"draft tree: expected equal vectors, found {array.shape} tokens, {above.shape} parents")
-        index = np.arange(len(array))
-        if len(array) and (np.any(above >= index) or above.min() < ROOT):
-            raise ValueError(f"draft tree: a parent must stand before its children, found parents {above.tolist()}")
         if len(set(zip(above.tolist(), array.tolist(), strict=True))) < len(array):
             raise ValueError("draft tree: two children of one node carry the same token")
-        return Draft(array, above, bool(np.array_equal(above, index - 1)), source)
+        return Draft(array, above, bool(np.array_equal(above, np.arange(-1, len(array) - 1))), source)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -46,7 +46,7 @@ class EagleDrafter(Drafter):
         self.path, self.n_threads = str(path), n_threads
         self.shape = tree if isinstance(tree, TreeShape) else AUTHORS
         self.can_tree = tree is not False
-        self.max_nodes = self.shape.size - 1 if self.can_tree else self.max_chain
+        self.max_nodes = self.shape.nodes if self.can_tree else self.max_chain
         self._model = load_model(self.path)
         self._context: Any = None
         self._check(llm)

@@ -29,12 +29,10 @@ import numpy as np
 
 from blockffn import library
 from blockffn.errors import BlockffnError
-from blockffn.speculative.cost import PLAIN, Plan, Policy
+from blockffn.speculative.cost import PLAIN, Plan, Policy, limits
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.target import Target
-
-TREE_SIZES = (8, 16, 31)  # sizes of trees that the automatic choice compares, the root not counted
 
 
 class Speculative:
@@ -57,9 +55,8 @@ class Speculative:
             _set_exact(self._ctx.ctx, exact)
         self.exact, self.drafter, self._sequences = exact, drafter, n_seq
         target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True)
-        sizes = tuple(size for size in TREE_SIZES if size <= used.max_nodes) if used.can_tree else ()
         used.attach(self)
-        policy = Policy(min(used.max_nodes, used.max_chain), sizes, PLAIN if drafter is None else plan)
+        policy = Policy(*limits(used), PLAIN if drafter is None else plan)
         self._loop = Loop(self, target, used, policy, _union_counter(self))
 
     def speculation(self) -> dict[str, Any]:

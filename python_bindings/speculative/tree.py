@@ -28,6 +28,9 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
 
+MAX_SEQUENCES = 256  # of one cache, llama.cpp's LLAMA_MAX_SEQ: one for each leaf
+
+
 @dataclass(frozen=True)
 class TreeShape:
     """`iterations` levels, `top_k` children of each of `top_k` nodes, of which the best `size` stay, root included."""
@@ -39,6 +42,18 @@ class TreeShape:
     def __post_init__(self) -> None:
         if min(self.iterations, self.top_k) < 1 or self.size < 2:
             raise ValueError(f"tree: expected iterations >= 1, top_k >= 1, size >= 2, found {self}")
+        if self.size > MAX_SEQUENCES + 1:
+            raise ValueError(f"tree: expected a size of at most {MAX_SEQUENCES + 1}, found {self.size}")
+        if (self.iterations - 1) * self.top_k > MAX_SEQUENCES:
+            raise ValueError(
+                f"tree: expected at most {MAX_SEQUENCES} sequences in the head's cache, (iterations - 1) x top_k; "
+                f"found {self.iterations - 1} x {self.top_k}"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes the largest such tree has, the root not counted."""
+        return min(self.size - 1, self.top_k + (self.iterations - 1) * self.top_k**2)
 
 
 AUTHORS = TreeShape(3, 10, 32)  # the setting of the published head
@@ -72,8 +87,9 @@ class TreeGrower:
         """
         k = min(self.shape.top_k, logits.shape[1])
         tokens = top_k(logits, k)  # [f, k]
-        scores = take(logits, tokens)  # [f, k]
-        scores += (self._level_scores - log_total(logits))[:, None]
+        # In this order rounding keeps a child at or below its parent: the log-probability is never above 0.
+        scores: Floats = take(logits, tokens) - log_total(logits)[:, None]  # [f, k]
+        scores += self._level_scores[:, None]
         flat = scores.ravel()
         self._tokens.append(tokens.ravel().astype(np.int32))
         self._parents.append(np.repeat(self._level.nodes, k))
@@ -89,7 +105,7 @@ class TreeGrower:
         """Return the tree of the best `nodes` nodes tried (the shape's size without the root), parents first."""
         wanted = self.shape.size - 1 if nodes is None else min(nodes, self.shape.size - 1)
         scores = np.concatenate(self._scores)
-        # A child never scores above its parent and comes later, so a stable sort keeps parents before children.
+        # A child never scores above its parent (`expand`) and comes later: a stable sort keeps parents before children.
         chosen = np.argsort(-scores, kind="stable")[:wanted]
         chosen = chosen[np.isfinite(scores[chosen])]
         place = np.full(len(scores) + 1, ROOT, dtype=np.int32)  # the last entry maps the root, index -1, to itself
