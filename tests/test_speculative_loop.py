@@ -14,6 +14,7 @@ from tiny_llama import N_VOCAB, write_llama
 import blockffn
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Combination, ModelDrafter, NGramDrafter, ScriptedDrafter
+from blockffn.speculative import loop as loop_module
 from blockffn.speculative.cost import Plan
 
 PROMPT = [1, 50, 60, 70]
@@ -326,3 +327,31 @@ def test_llama_cpps_own_text_without_exact_mode(stock_model: Path) -> None:
     stock = llama_cpp.Llama(str(stock_model), verbose=False, **SETTINGS)
     ours = blockffn.Llama(stock_model, drafter=NGramDrafter(), **SETTINGS)
     assert tokens_of(ours, 60, temp=0.0) == tokens_of(stock, 60, temp=0.0)
+
+
+class Clock:
+    """A clock that moves by a millisecond whenever it is read, and as far as it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+@pytest.mark.parametrize("kind", ["plain", "truth"])
+def test_statistics_leave_the_callers_time_out(
+    llm: Any, truth: list[int], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A pause at a token, and one before the generator is closed, a thousand seconds each, count for nothing."""
+    clock = Clock()
+    monkeypatch.setattr(loop_module, "perf_counter", clock)
+    llm.set_up_speculation(*((None, True) if kind == "plain" else _at(drafter_of(kind, truth))))
+    generator = llm.generate(PROMPT, temp=0.0)
+    for _ in range(20):
+        next(generator)
+        clock.now += 1000.0
+    generator.close()
+    found = llm.speculation()
+    assert 0.0 < found["loop_ms"] < found["predicted_ms"] < 1000.0

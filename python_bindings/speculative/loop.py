@@ -238,8 +238,10 @@ class Loop:
                 complete = child is None
                 statistics.loop_seconds += perf_counter() - sampled + sample_started - started
                 statistics.predicted_n += 1
-                sent = yield token
-                started = perf_counter()
+                try:
+                    sent = yield token
+                finally:
+                    started = perf_counter()  # the caller's time is left out, also when it closes the generator
                 if self._open is not mine:
                     raise RuntimeError("this generation was ended by another one on the same model")
                 if sent or child is None or sampling.is_end(token):
