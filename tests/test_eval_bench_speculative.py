@@ -20,7 +20,7 @@ from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import head as planted_head
 from blockffn.eval.planted import model as planted
 from blockffn.eval.planted.files import PlantedModels
-from blockffn.speculative.cost import Plan
+from blockffn.speculative.policy import Plan
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from blockffn.cli import main
 from blockffn.convert.eagle import convert_head
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Context, TreeShape
-from blockffn.speculative.cost import Plan
+from blockffn.speculative.policy import Plan
 from blockffn.speculative.tree import TreeGrower
 from blockffn.training.eagle import EagleReference
 from blockffn.training.reference import ReferenceModel

@@ -16,7 +16,7 @@ from blockffn.eval.studies import differences as text_differences
 from blockffn.eval.studies import exact as exact_cost
 from blockffn.eval.studies import loop as loop_overhead
 from blockffn.speculative.drafter import Context
-from blockffn.speculative.estimates import StepTimes
+from blockffn.speculative.measured import StepTimes
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tiny_llama import N_VOCAB, write_llama
 import blockffn
 from blockffn import library
 from blockffn.speculative import ScriptedDrafter
-from blockffn.speculative.cost import Plan
+from blockffn.speculative.policy import Plan
 
 PROMPT = [1, 50, 60, 70]
 NATIVE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")

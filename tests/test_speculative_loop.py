@@ -15,7 +15,7 @@ import blockffn
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Combination, ModelDrafter, NGramDrafter, ScriptedDrafter
 from blockffn.speculative import loop as loop_module
-from blockffn.speculative.cost import Plan
+from blockffn.speculative.policy import Plan
 
 PROMPT = [1, 50, 60, 70]
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_batch": 64}

@@ -33,7 +33,7 @@ from blockffn.speculative import (
     NGramDrafter,
     ScriptedDrafter,
 )
-from blockffn.speculative.cost import Plan
+from blockffn.speculative.policy import Plan
 
 TOKENS = int(os.environ.get("BLOCKFFN_SOAK_TOKENS", "2000"))  # of each model
 CHECK_EVERY = 1000

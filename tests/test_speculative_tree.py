@@ -12,7 +12,7 @@ from tiny_head import N_EMBD, write_head
 import blockffn
 from blockffn.convert.eagle import convert_head
 from blockffn.speculative import Draft, EagleDrafter, TreeShape
-from blockffn.speculative.cost import Plan, tree_sizes
+from blockffn.speculative.policy import Plan, tree_sizes
 from blockffn.speculative.tree import AUTHORS, TreeGrower
 
 

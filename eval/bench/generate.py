@@ -4,7 +4,7 @@
     generation.run(prompt, 48, "chain 4", truth=text, probability=0.8)["seconds"]     # per token
 
 A measurement starts and ends where a step starts, so that no token is free and no step is counted half. Each pair of
-plan and probability keeps what it learned (blockffn.speculative.cost.Policy) from one call to the next.
+plan and probability keeps what it learned (blockffn.speculative.policy.Policy) from one call to the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Drafter, EagleDrafter, NGramDrafter, ScriptedDrafter, TreeShape
-from blockffn.speculative.cost import Plan, Policy, limits
+from blockffn.speculative.policy import Plan, Policy, limits
 from blockffn.speculative.scripted import guesses
 
 CHILDREN = 4  # guesses of a scripted drafter for one place in a tree

@@ -31,9 +31,9 @@ from blockffn.cli import guarded
 from blockffn.commands.common import count
 from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
-from blockffn.speculative.cost import PLAIN, Plan, Policy, limits, tree_sizes
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.loop import Loop, Sampling
+from blockffn.speculative.policy import PLAIN, Plan, Policy, limits, tree_sizes
 
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)

@@ -28,8 +28,8 @@ from blockffn.cli import guarded
 from blockffn.commands.common import count
 from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
-from blockffn.speculative.cost import Plan
 from blockffn.speculative.loop import Sampling
+from blockffn.speculative.policy import Plan
 
 PLANS = {"chain 3": Plan(3), "chain 7": Plan(7), "chain 15": Plan(15), "tree 32": Plan(31, True)}
 ACCEPTANCE = 0.7  # of the drafts; a mixture of right and wrong ones

@@ -29,9 +29,9 @@ from blockffn.cli import guarded
 from blockffn.commands.common import count
 from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.eval.studies.text import add_model_arguments, model_and_text
-from blockffn.speculative.cost import Plan, Policy
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
+from blockffn.speculative.policy import Plan, Policy
 
 PLANS = {"plain": Plan(), "chain 4": Plan(4), "chain 8": Plan(8), "chain 16": Plan(16), "tree 32": Plan(31, True)}
 AIMS = {"chain": 0.3, "tree": 0.8}  # milliseconds

@@ -29,9 +29,9 @@ import numpy as np
 
 from blockffn import library
 from blockffn.errors import BlockffnError
-from blockffn.speculative.cost import PLAIN, Plan, Policy, limits
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
+from blockffn.speculative.policy import PLAIN, Plan, Policy, limits
 from blockffn.speculative.target import Target
 
 

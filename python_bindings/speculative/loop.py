@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from blockffn.speculative.cost import Plan, Policy
 from blockffn.speculative.draft import EMPTY, ROOT, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.policy import Plan, Policy
 from blockffn.speculative.rows import Rows
 from blockffn.speculative.stats import Statistics
 from blockffn.speculative.target import Floats, Target

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from blockffn.eval.planted.guesses import GuessingDrafter
-from blockffn.speculative.cost import PLAIN, Plan, Policy
-from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
+from blockffn.speculative.measured import Acceptance, StepTimes, TreeGain
+from blockffn.speculative.policy import PLAIN, Plan, Policy
 
 TOKENS, SEEDS = 2000, 6
 PERIOD = 200

@@ -3,7 +3,7 @@
 `StepTimes`: the time of an evaluation by its number of tokens. `Acceptance`: how often the i-th drafted token is right,
 given that those before it were. `TreeGain`: how many tokens a tree of some size gives.
 
-    >>> from blockffn.speculative.estimates import Acceptance, StepTimes
+    >>> from blockffn.speculative.measured import Acceptance, StepTimes
     >>> times = StepTimes()
     >>> for tokens, seconds in ((1, 0.010), (1, 0.010), (4, 0.016), (4, 0.016)):
     ...     times.add(tokens, seconds)

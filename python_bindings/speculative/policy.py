@@ -1,10 +1,10 @@
 """Knowing the cost: how many tokens are worth drafting, learned while generating.
 
 `Policy` picks the draft that promises the most tokens per second, nothing at all when plain decoding is faster, and
-tries again later. What it knows is measured (estimates.py): the time of a step by the number of its tokens, the time of
+tries again later. What it knows is measured (measured.py): the time of a step by the number of its tokens, the time of
 drafting, how often the i-th drafted token is right, and what trees give.
 
-    >>> from blockffn.speculative.cost import PLAIN, Policy
+    >>> from blockffn.speculative.policy import PLAIN, Policy
     >>> policy = Policy(max_nodes=8)
     >>> policy.plan() is PLAIN                       # the yardstick: what a plain step costs
     True
@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 
 from blockffn.speculative.drafter import Drafter
-from blockffn.speculative.estimates import Acceptance, StepTimes, TreeGain
+from blockffn.speculative.measured import Acceptance, StepTimes, TreeGain
 
 log = logging.getLogger("blockffn.speculative")
 
