@@ -129,10 +129,10 @@ def test_entropy_controller():
 
 
 def test_expert_bias_moves_against_the_load():
-    active = torch.tensor([[[True, False, True], [True, False, False], [True, True, True]]])
+    routed = torch.tensor([[[True, False, True], [True, False, False], [True, True, True]]])
     documents = torch.tensor([[0, 0, -1]])
     bias = torch.zeros(3)
-    objectives.update_expert_bias(bias, active, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
+    objectives.update_expert_bias(bias, routed, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
     assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.0])
 
 

@@ -247,6 +247,22 @@ def test_micro_batches_do_not_change_the_step(tmp_path, text):
     assert a["chunk"] == pytest.approx(b["chunk"], rel=1e-5)
 
 
+@pytest.mark.parametrize("method,bound", [("base", 0.3), ("rms", 2.2)])
+def test_bias_of_an_idle_expert_does_not_wind_up(tmp_path, text, method, bound):
+    """Four of five experts are wanted and one in two has r > 0: the bias rises until r + b' > 0 often enough."""
+    trainer = Trainer(
+        config_of(
+            tmp_path, DECO, model={"expert_bias_method": method}, optimizer={"learning_rate": 1e-12, "steps": 60},
+            objective={"bias_rate": 0.05, "target_ratio": 0.8, "entropy": 0.0},
+        ),
+        text,
+    )  # fmt: skip
+    for _ in range(60):
+        trainer.train_step()
+    bias = trainer.decoder.expert_layers()[0].expert_bias
+    assert 0.05 < float(bias.mean()) and float(bias.max()) < bound  # 60 steps of 0.05 would be 3
+
+
 def test_bfloat16_autocast_keeps_router_in_float32(tmp_path, text):
     trainer = Trainer(config_of(tmp_path, run={"precision": "bfloat16"}), text)
     with torch.autocast("cpu", torch.bfloat16):

@@ -153,14 +153,15 @@ class EntropyController:
 
 
 @torch.no_grad()
-def update_expert_bias(bias: Tensor, active: Tensor, documents: Tensor, target: float, rate: float = 1e-3) -> None:
+def update_expert_bias(bias: Tensor, routed: Tensor, documents: Tensor, target: float, rate: float = 1e-3) -> None:
     """DECO's loss-free bias, in place: b -= rate * sign(tokens per expert - target per expert).
 
-    bias [E], active bool [B, T, E]; `target` is the wanted share of active experts, so that an expert's target is
-    target * tokens. Padding does not count.
+    bias [E]; routed bool [B, T, E] is r + b' > 0, not a > 0: a positive bias adds no expert to a > 0, so that counting
+    there would let the bias of an idle expert grow for ever. `target` is the wanted share of routed experts: an
+    expert's target is target * tokens. Padding does not count.
     """
     real = documents >= 0  # [B, T]
-    load = (active & real[..., None]).sum(dim=(0, 1)).to(torch.float64)  # [E]
+    load = (routed & real[..., None]).sum(dim=(0, 1)).to(torch.float64)  # [E]
     bias -= rate * torch.sign(load - target * real.sum()).to(bias.dtype)
 
 

@@ -208,12 +208,19 @@ class Experts(nn.Module):
         a = functional.relu(logits)
         if self.given is not None:
             return a * self.given
+        return a if self.expert_bias is None else torch.where(self.routed(logits), a, torch.zeros_like(a))
+
+    def routed(self, logits: Tensor) -> Tensor:
+        """r + b' > 0, bool [B, T, E]: what the expert bias selects, experts without a positive score included.
+
+        b' is the bias, or the bias times the root mean square of r over all experts (method rms).
+        """
         if self.expert_bias is None:
-            return a
+            return logits > 0
         bias = self.expert_bias.to(logits.dtype)  # [E]
         if self.moe.bias_method == "rms":
             bias = bias * logits.square().mean(dim=-1, keepdim=True).sqrt()  # [B, T, E]
-        return torch.where(logits + bias > 0, a, torch.zeros_like(a))
+        return logits + bias > 0
 
     def scores(self, a: Tensor) -> Tensor:
         """s = norm(a) * weight * router_scale: [B, T, E]. Means run over all experts, the inactive zeros included."""

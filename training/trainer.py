@@ -46,7 +46,7 @@ class Trainer(TrainingLoop):
         self.entropy = objectives.EntropyController(t.entropy, t.entropy_multiplier, t.target_ratio)
         self._seen: list[
             tuple[list[Tensor], Tensor]
-        ] = []  # active sets and documents of this step, for the expert bias
+        ] = []  # routed sets and documents of this step, for the expert bias
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
         """tokens [B, T + 1] -> cross-entropy plus the weighted router terms, and all parts."""
@@ -68,7 +68,7 @@ class Trainer(TrainingLoop):
         active = [a > 0 for a in selected]
         figures["active"] = float(torch.stack([a.float().mean() for a in active]).mean())
         if t.bias_rate:
-            self._seen.append((active, documents))
+            self._seen.append(([ffn.routed(r) for ffn, r in zip(layers, routers, strict=True)], documents))
         return total, figures
 
     def _router_terms(
@@ -96,10 +96,10 @@ class Trainer(TrainingLoop):
             self.entropy.update(figures["active"])
         t, layers = self.config.objective, self.decoder.expert_layers()
         for i, ffn in enumerate(layers if self._seen else []):
-            active = torch.cat([chosen[i] for chosen, _ in self._seen])  # [B, T, E]
+            routed = torch.cat([chosen[i] for chosen, _ in self._seen])  # [B, T, E]
             documents = torch.cat([seen for _, seen in self._seen])  # [B, T]
             assert ffn.expert_bias is not None
-            objectives.update_expert_bias(ffn.expert_bias, active, documents, t.target_ratio, t.bias_rate)
+            objectives.update_expert_bias(ffn.expert_bias, routed, documents, t.target_ratio, t.bias_rate)
         self._seen.clear()
 
     @torch.no_grad()
