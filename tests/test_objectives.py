@@ -97,16 +97,32 @@ def test_gradients_are_finite_without_active_experts():
 def test_adaptive_factor_follows_the_loss():
     factor = objectives.AdaptiveFactor(0.1, warmup=4, stable=20, window=10, min_ratio=1.025, max_factor=4.0)
     values = []
-    for step in range(80):
+    for step in range(70):
         values.append(factor.value())
-        # halves after step 30, then rises by a hair, then tenfold
-        factor.update(1.0 if step < 20 else 0.5 if step < 30 else 0.501 if step < 40 else 5.01)
+        # halves after step 10, then rises by a hair, then tenfold
+        factor.update(1.0 if step < 10 else 0.5 if step < 20 else 0.501 if step < 30 else 5.01)
     assert values[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
-    assert values[4:30] == pytest.approx([0.1] * 26)  # the first whole window behind `stable` is only measured
-    assert values[30:40] == pytest.approx([0.1 - 0.005 * (i + 1) for i in range(10)])  # towards 0.5 times
-    assert values[49] == pytest.approx(0.05 * 1.025)  # 1.002 is raised to 1.025
-    assert values[59] == pytest.approx(0.4)  # tenfold is cut at 4 times the start
-    assert values[79] == pytest.approx(0.4)
+    assert values[4:20] == pytest.approx([0.1] * 16)
+    assert values[20:30] == pytest.approx([0.1 - 0.005 * (i + 1) for i in range(10)])  # adapts at `stable` itself
+    assert values[39] == pytest.approx(0.05 * 1.025)  # 1.002 is raised to 1.025
+    assert values[49] == pytest.approx(0.4)  # tenfold is cut at 4 times the start
+    assert values[69] == pytest.approx(0.4)
+
+
+def test_adaptive_factor_equals_the_authors_schedule():
+    """By hand after pretrain/cpm/training_utils/value_scheduler.py: iteration i is step i - 1, windows of 3, stable 7.
+
+    Window means: iterations 1-3: 2.0, 4-6: 3.0, 7-9: 1.5, 10-12: 1.5, 13-15: 3.0. Iteration 6 is before `stable`, 9 is
+    the first multiple of 3 from there on: ratio 1.5 / 3 = 0.5; iteration 12: 1.5 / 1.5 = 1; iteration 15: 3 / 1.5 = 2.
+    """
+    factor = objectives.AdaptiveFactor(0.6, warmup=2, stable=7, window=3, min_ratio=1.1, max_factor=4.0)
+    losses = [1, 2, 3, 3, 3, 3, 1, 2, 1.5, 1.5, 1.5, 1.5, 2, 3, 4, 9, 9, 9]
+    values = []
+    for loss in losses:
+        values.append(factor.value())
+        factor.update(loss)
+    expected = [0.3, *[0.6] * 8, 0.5, 0.4, 0.3, *[0.3] * 3, 0.4, 0.5, 0.6]
+    assert values == pytest.approx(expected, rel=1e-12)
 
 
 def test_adaptive_factor_goes_on_from_its_state():

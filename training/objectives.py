@@ -66,12 +66,12 @@ def router_entropy(selected: Tensor, documents: Tensor) -> Tensor:
 
 @dataclass
 class AdaptiveFactor:
-    """BlockFFN's scheduler of the chunk sparsification factor.
+    """BlockFFN's scheduler of the chunk sparsification factor, step by step as AdaptiveLinearScheduler of the authors.
 
-    The factor rises linearly from 0 to `start` during `warmup` steps and stays until `stable` steps are done. From
-    then on, at the end of each window of `window` steps, the mean loss of the last window is divided by that of the
-    window before; the factor moves linearly over the next window to `ratio` times its value. A ratio above 1 (the loss
-    rises again) is raised to at least `min_ratio`; the factor never exceeds `max_factor` times its start.
+    The factor rises linearly to `start` during `warmup` steps. Windows of `window` steps are counted from step 0. At the
+    end of each window from step `stable` on, `stable` itself included, the mean loss of the last window is divided by
+    that of the window before; the factor moves linearly over the next window to `ratio` times its value. A ratio above
+    1 (the loss rises again) is raised to at least `min_ratio`; the factor never exceeds `max_factor` times its start.
     """
 
     start: float
@@ -94,26 +94,21 @@ class AdaptiveFactor:
         """The factor of the current step."""
         if self.step < self.warmup:
             return self.start * (self.step + 1) / self.warmup
-        if self.step < self.stable:
-            return self.start
-        done = (self.step - self.stable) % self.window
-        return self.origin + (self.goal - self.origin) * (done + 1) / self.window
+        return self.origin + (self.goal - self.origin) * (self.step % self.window + 1) / self.window
 
     def update(self, loss: float) -> None:
         """Tell the loss of the current step and go to the next one."""
         self.total += loss
         self.step += 1
-        behind = self.step - self.stable
-        if behind % self.window != 0:
+        if self.step % self.window:
             return
-        mean, self.total = self.total / self.window, 0.0
-        if behind > 0 and self.previous is not None and self.previous > 0:
+        mean, self.total, self.origin = self.total / self.window, 0.0, self.goal
+        if self.step >= self.stable and self.previous is not None and self.previous > 0:
             ratio = mean / self.previous
             if ratio > 1:
                 ratio = max(ratio, self.min_ratio)
-            self.origin = self.goal
             self.goal = min(self.goal * ratio, self.start * self.max_factor)
-        self.previous = mean if self.step >= self.window else None
+        self.previous = mean
 
     def state(self) -> dict[str, object]:
         """Everything needed to go on: ``AdaptiveFactor(**state)``."""
