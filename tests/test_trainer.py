@@ -15,7 +15,7 @@ import torch
 
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
-from blockffn.training import cli, corpus
+from blockffn.training import cli, corpus, objectives
 from blockffn.training.config import OptimizerConfig, read_config
 from blockffn.training.export import export_checkpoint
 from blockffn.training.loop import Windows
@@ -247,6 +247,23 @@ def test_micro_batches_do_not_change_the_step(tmp_path, text):
     assert a["chunk"] == pytest.approx(b["chunk"], rel=1e-5)
 
 
+def test_router_terms_are_averaged_over_all_layers(tmp_path, text):
+    """One of two layers is dense: the entropy of the other one counts half, and the log states that mean."""
+    trainer = Trainer(config_of(tmp_path, DECO), text)
+    tokens = torch.from_numpy(text.train[:25].astype(np.int64))[None]
+    total, figures = trainer.loss(tokens)
+    with torch.no_grad():
+        _, routers = trainer.decoder(tokens[:, :-1])
+        own = objectives.router_entropy(
+            routers[0].relu(), torch.from_numpy(corpus.document_ids(tokens[:, :-1].numpy()))
+        )
+    assert figures["entropy"] == pytest.approx(float(own) / 2, rel=1e-5)
+    assert total.item() == pytest.approx(figures["loss"] + 1e-3 * float(own) / 2, rel=1e-6)
+    assert trainer.entropy.coefficient == 1e-3
+    trainer.adapt(figures)
+    assert figures["active"] > 0.2 and trainer.entropy.coefficient == pytest.approx(1.1e-3)  # share of the MoE layers
+
+
 @pytest.mark.parametrize("method,bound", [("base", 0.3), ("rms", 2.2)])
 def test_bias_of_an_idle_expert_does_not_wind_up(tmp_path, text, method, bound):
     """Four of five experts are wanted and one in two has r > 0: the bias rises until r + b' > 0 often enough."""
@@ -307,6 +324,11 @@ BAD = {
     "odd": (("model", "qk_rope_head_dim", 3), "qk_rope_head_dim: expected an even number, found 3"),
     "scale": (("model", "scale_emb", 0.0), "scale_emb: expected a positive number"),
     "negative": (("model", "scale_depth", -1.0), "scale_depth: expected 0 or more"),
+    "window": (("objective", "chunk_window", 0), "chunk_window: expected a positive number, found 0"),
+    "target": (("objective", "target_ratio", 20.0), "target_ratio: expected a share between 0 and 1"),
+    "multiplier": (("objective", "entropy_multiplier", 0.9), "entropy_multiplier: expected 1 or more"),
+    "warm-up": (("objective", "chunk_warmup", 5), "chunk_warmup: expected at most chunk_stable = 0"),
+    "factor": (("objective", "chunk", -0.1), "chunk: expected 0 or more"),
     "dense": (("model", "family", "vanilla"), "intermediate_size: expected a positive number"),
 }
 

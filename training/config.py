@@ -232,6 +232,7 @@ def read_tables(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None) -
 
 def _check_values(path: Path, config: TrainConfig) -> None:
     objective = config.objective
+    _check_objective(path, objective)
     wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
     if wanted and config.model.moe is None:
         raise BlockffnError(
@@ -239,6 +240,20 @@ def _check_values(path: Path, config: TrainConfig) -> None:
         )
     if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
         raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
+
+
+def _check_objective(path: Path, o: ObjectiveConfig) -> None:
+    """Raise BlockffnError for values of [objective] that make no sense."""
+    zero = ("locality", "chunk", "entropy", "bias_rate", "chunk_warmup", "chunk_stable")
+    rules = [(key, getattr(o, key) >= 0, "0 or more") for key in zero]
+    positive = ("locality_beta", "chunk_size", "chunk_window", "chunk_max_factor")
+    rules += [(key, getattr(o, key) > 0, "a positive number") for key in positive]
+    rules += [(key, getattr(o, key) >= 1, "1 or more") for key in ("entropy_multiplier", "chunk_min_ratio")]
+    rules.append(("target_ratio", 0 < o.target_ratio < 1, "a share between 0 and 1"))
+    rules.append(("chunk_warmup", o.chunk_warmup <= o.chunk_stable, f"at most chunk_stable = {o.chunk_stable}"))
+    for key, holds, expected in rules:
+        if not holds:
+            raise BlockffnError(f"{path}: [objective] {key}: expected {expected}, found {getattr(o, key)}")
 
 
 def check_optimizer(path: Path, o: OptimizerConfig, run: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """What the trainer adds to the language-model loss, and the sparsity figures it reports.
 
-All act on the router of each expert layer and are averaged over layers. r [B, T, E] are router logits, a = relu(r),
-p = a / (sum_e a + 1e-5); `documents` [B, T] numbers the document of each token, -1 for padding.
+All act on the router of each expert layer; the trainer averages over all layers, a dense one counting as 0. r [B, T, E]
+are router logits, a = relu(r), p = a / (sum_e a + 1e-5); `documents` [B, T] numbers the document of each token, -1 for
+padding.
 Sources: BlockFFN arXiv 2507.08771 section 3.2 and appendix (locality, chunk sparsification, factor scheduler), DECO
 arXiv 2605.10933 (router entropy, its controller, the loss-free bias).
 
@@ -68,10 +69,11 @@ def router_entropy(selected: Tensor, documents: Tensor) -> Tensor:
 class AdaptiveFactor:
     """BlockFFN's scheduler of the chunk sparsification factor, step by step as AdaptiveLinearScheduler of the authors.
 
-    The factor rises linearly to `start` during `warmup` steps. Windows of `window` steps are counted from step 0. At the
-    end of each window from step `stable` on, `stable` itself included, the mean loss of the last window is divided by
-    that of the window before; the factor moves linearly over the next window to `ratio` times its value. A ratio above
-    1 (the loss rises again) is raised to at least `min_ratio`; the factor never exceeds `max_factor` times its start.
+    The factor rises linearly to `start` during `warmup` steps. Windows of `window` steps are counted from step 0. At
+    the end of each window from step `stable` on, `stable` itself included, the mean loss of the last window is divided
+    by that of the window before; the factor moves linearly over the next window to `ratio` times its value. A ratio
+    above 1 (the loss rises again) is raised to at least `min_ratio`; the factor never exceeds `max_factor` times its
+    start.
     """
 
     start: float

@@ -74,18 +74,18 @@ class Trainer(TrainingLoop):
     def _router_terms(
         self, routers: list[Tensor], selected: list[Tensor], documents: Tensor
     ) -> dict[str, tuple[float, Tensor]]:
-        """(factor, mean over layers) of each objective that is switched on."""
-        t = self.config.objective
+        """(factor, mean over layers) of each objective that is switched on; a dense layer counts as 0, as in DECO."""
+        t, n_layer = self.config.objective, self.config.model.n_layer
         terms: dict[str, tuple[float, Tensor]] = {}
         if t.locality:
             values = [objectives.activation_locality(r, documents, t.locality_beta) for r in routers]
-            terms["locality"] = (t.locality, torch.stack(values).mean())
+            terms["locality"] = (t.locality, torch.stack(values).sum() / n_layer)
         if t.chunk:
             values = [objectives.chunk_sparsification(a, documents, t.chunk_size) for a in selected]
-            terms["chunk"] = (self.factor.value(), torch.stack(values).mean())
+            terms["chunk"] = (self.factor.value(), torch.stack(values).sum() / n_layer)
         if t.entropy:
             values = [objectives.router_entropy(a, documents) for a in selected]
-            terms["entropy"] = (self.entropy.value(), torch.stack(values).mean())
+            terms["entropy"] = (self.entropy.value(), torch.stack(values).sum() / n_layer)
         return terms
 
     def adapt(self, figures: dict[str, float]) -> None:
