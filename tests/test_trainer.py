@@ -19,7 +19,7 @@ from blockffn.training import cli, corpus, objectives
 from blockffn.training.config import OptimizerConfig, read_config
 from blockffn.training.export import export_checkpoint
 from blockffn.training.loop import Windows
-from blockffn.training.optim import orthogonalise, wsd
+from blockffn.training.optim import clip_gradients, orthogonalise, wsd
 from blockffn.training.reference import Decoder, ReferenceModel
 from blockffn.training.trainer import Trainer
 
@@ -235,7 +235,7 @@ def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
     assert resumed.train()
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
-    assert {"loss", "locality", "chunk", "active", "tokens_per_second"} <= set(rows[0])
+    assert {"loss", "locality", "chunk", "active", "gradient", "router_gradient", "tokens_per_second"} <= set(rows[0])
     assert {"validation", "tls", "cls_8"} <= set(rows[1])
 
 
@@ -375,6 +375,16 @@ def test_schedule_warms_up_stays_and_decays():
     assert {wsd(step, config) for step in range(10, 80)} == {1.0}
     assert wsd(89, config) == pytest.approx(0.1)
     assert wsd(99, config) == pytest.approx(0.01)
+
+
+def test_router_matrices_are_clipped_by_themselves():
+    router, inner, norm = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    router.grad, inner.grad, norm.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.0]), torch.tensor([0.0, 0.4])
+    named = [("layers.0.router", router), ("layers.0.o", inner), ("layers.0.router_norm", norm)]
+    norms = clip_gradients(named, 1.0)
+    assert norms == pytest.approx({"router_gradient": 50.0, "gradient": 0.5})
+    assert router.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+    assert (inner.grad.tolist(), norm.grad.tolist()) == ([pytest.approx(0.3), 0.0], [0.0, pytest.approx(0.4)])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 3), (3, 4, 9)])

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from blockffn.errors import BlockffnError
 from blockffn.training.config import OptimizerConfig, RunConfig
 from blockffn.training.corpus import Corpus
-from blockffn.training.optim import make_optimizers, set_learning_rate, wsd
+from blockffn.training.optim import clip_gradients, make_optimizers, set_learning_rate, wsd
 
 CHECKPOINT, LOG, CURVE = "checkpoint.pt", "log.jsonl", "curve.png"
 SHOWN = ("loss", "validation", "active", "tokens_per_second")  # of a step's figures, in the progress line
@@ -80,8 +80,8 @@ class TrainingLoop(ABC):
         self.device = find_device(run.device)
         self.folder = Path(run.out)
         self.windows = Windows(corpus.train, optimizer.sequence_length, run.seed)
-        self.module = module.to(self.device)
-        self.optimizers = make_optimizers(named, optimizer)
+        self.module, self.named = module.to(self.device), list(named)
+        self.optimizers = make_optimizers(self.named, optimizer)
         self.random = torch.Generator()  # seeded anew in each step, from seed and step alone
         self.step = 0
         self.seconds = 0.0  # spent in training steps, over all sittings
@@ -146,14 +146,15 @@ class TrainingLoop(ABC):
             (loss / len(parts)).backward()
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + value / len(parts)
-        totals["gradient"] = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), o.clip))
-        if not np.isfinite(totals["gradient"]):
+        norms = clip_gradients(self.named, o.clip)
+        if not all(np.isfinite(norm) for norm in norms.values()):
             raise BlockffnError(
                 f"step {self.step}: the gradient is not finite; lower learning_rate or raise warmup_steps"
             )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        totals |= norms
         self.adapt(totals)
         self.step += 1
         spent = time.perf_counter() - began

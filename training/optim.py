@@ -85,6 +85,20 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
     return optimizers
 
 
+def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> dict[str, float]:
+    """Scale the gradients of the router matrices, and those of all else, to a norm of at most `limit` each.
+
+    The router objectives are steep (beta 100): in one norm over everything they would shorten every other step, and a
+    large language-model gradient would silence the router. The authors clip the router matrices as a group of their
+    own. Returns both norms before clipping, ``gradient`` and, where there are routers, ``router_gradient``.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, p in named:
+        group = "router_gradient" if name.rpartition(".")[2] == "router" else "gradient"
+        groups.setdefault(group, []).append(p)
+    return {group: float(nn.utils.clip_grad_norm_(params, limit)) for group, params in groups.items()}
+
+
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
     """Give every group the same rate."""
     for optimizer in optimizers:
