@@ -86,6 +86,58 @@ def test_router_entropy():
     assert float(objectives.router_entropy(a, documents)) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
 
 
+OBJECTIVES = {
+    "locality": lambda r, documents: objectives.activation_locality(r, documents, 3.0),
+    "chunk": lambda r, documents: objectives.chunk_sparsification(r.relu(), documents, 5),
+    "entropy": lambda r, documents: objectives.router_entropy(r.relu(), documents),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_is_the_slope_of_the_value(name):
+    """Autograd against central differences in float64, through both sides of the formula, away from the kinks at 0."""
+    r, documents = case(seed=4)
+    r = torch.where(r.abs() < 1e-3, torch.full_like(r, 0.1), r).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: OBJECTIVES[name](x, documents), (r,), eps=1e-6, atol=1e-7)
+    (gradient,) = torch.autograd.grad(OBJECTIVES[name](r, documents), r)
+    padding = documents < 0
+    assert (gradient[padding] == 0).all() and (gradient[~padding] != 0).any()
+
+
+@pytest.mark.parametrize("name", ["chunk", "entropy"])
+def test_inactive_experts_have_no_gradient(name):
+    r, documents = case()
+    r.requires_grad_()
+    (gradient,) = torch.autograd.grad(OBJECTIVES[name](r, documents), r)
+    assert (gradient[r <= 0] == 0).all()
+
+
+def test_locality_moves_inactive_experts_too():
+    """It acts on the raw logits: an expert that is idle at both neighbours is still pulled."""
+    r = torch.tensor([[[-0.01], [-0.02]]], dtype=torch.float64, requires_grad=True)
+    objectives.activation_locality(r, torch.zeros(1, 2, dtype=torch.int64)).backward()
+    assert (r.grad != 0).all()
+
+
+@pytest.mark.parametrize("x,y", [(0.002, -0.003), (0.3, 0.4), (0.3, -0.4), (-5.0, 7.0), (60.0, -60.0), (-60.0, -60.0)])
+def test_locality_at_beta_100_in_float32(x, y):
+    """The sigmoid saturates: float32 agrees with the formula in stable form, its gradient stays finite and right.
+
+    With u = 100 x and q = sigmoid(100 y): value softplus(u) - q u, slopes 100 (sigmoid(u) - q) and -100 q (1 - q) u.
+    """
+    r = torch.tensor([[[x], [y]]], requires_grad=True)
+    value = objectives.activation_locality(r, torch.zeros(1, 2, dtype=torch.int64))
+    value.backward()
+    u, q = 100 * x, stable_sigmoid(100 * y)
+    assert value.item() == pytest.approx(max(u, 0) + math.log1p(math.exp(-abs(u))) - q * u, rel=1e-5, abs=1e-6)
+    slopes = [100 * (stable_sigmoid(u) - q), -100 * q * stable_sigmoid(-100 * y) * u]
+    assert r.grad.flatten().tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-4)
+
+
+def stable_sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
 def test_gradients_are_finite_without_active_experts():
     r = torch.full((1, 5, 3), -1.0, requires_grad=True)
     documents = torch.zeros(1, 5, dtype=torch.int64)
