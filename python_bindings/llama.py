@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,7 @@ library.load()
 import llama_cpp  # noqa: E402  only after `load`
 
 from blockffn.pieces import PieceTokenizer  # noqa: E402
-from blockffn.speculative.drafter import Drafter  # noqa: E402
+from blockffn.speculative.drafter import Drafter, LlamaDraftModelDrafter  # noqa: E402
 from blockffn.speculative.generate import Speculative  # noqa: E402
 
 DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
@@ -81,6 +84,7 @@ class Llama(Speculative, llama_cpp.Llama):
     drafter: proposes tokens that are verified in one batch (NGramDrafter, ModelDrafter, EagleDrafter); results carry
         ``out["speculation"]``. One that needs the model (EagleDrafter) is set later, with `set_up_speculation`.
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
+    draft_model: a llama_cpp.llama_speculative.LlamaDraftModel, as llama_cpp.Llama takes it; used like a drafter.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
     flash_attn: on, as llama.cpp itself chooses on CPUs; llama_cpp.Llama has it off, which is slower here.
     n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
@@ -96,6 +100,7 @@ class Llama(Speculative, llama_cpp.Llama):
         *,
         drafter: Drafter | None = None,
         exact: bool = False,
+        draft_model: Any = None,
         ffn: str = "union",
         n_ctx: int | None = None,
         n_threads: int | None = None,
@@ -105,8 +110,11 @@ class Llama(Speculative, llama_cpp.Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
+        self._lock = RLock()
         if ffn not in FFN_KINDS:
             raise BlockffnError(f"ffn: expected one of {', '.join(FFN_KINDS)}, found {ffn!r}")
+        if drafter is not None and draft_model is not None:
+            raise BlockffnError("drafter and draft_model: expected one of them, found both")
         overrides = dict(kv_overrides or {})
         if ffn == "dense":
             overrides[gguf_contract.key(gguf_contract.FFN_DENSE)] = True
@@ -131,15 +139,38 @@ class Llama(Speculative, llama_cpp.Llama):
             self.tokenizer_ = PieceTokenizer(self)
         self.ffn = ffn
         self.default_cache = kwargs.get("type_k") is None and kwargs.get("type_v") is None
-        self.set_up_speculation(drafter, exact)
+        self.set_up_rows()
+        self.set_up_speculation(drafter if draft_model is None else LlamaDraftModelDrafter(draft_model), exact)
 
     def close(self) -> None:
-        """Free the model and everything that was made from it."""
-        if self._evaluator is not None:
-            self._evaluator.close()
-            self._evaluator = None
-        if hasattr(self, "_stack"):  # absent when the constructor refused its arguments
+        """Free the model, its drafter and everything that was made from it; ``with`` does so at its end."""
+        if not hasattr(self, "_stack"):  # the constructor refused its arguments
+            return
+        with self._lock:
+            if self._evaluator is not None:
+                self._evaluator.close()
+                self._evaluator = None
             super().close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments of the constructor, for pickle and copy; the copy loads the model and has no text yet.
+
+        Drafters are copied too: a drafter serves one model.
+        """
+        state: dict[str, Any] = super().__getstate__()
+        state |= {"logits_all": self.logits_all, "ffn": self.ffn, "exact": self.exact, "draft_model": None}
+        state["drafter"] = copy.deepcopy(self.drafter)
+        if self.default_cache:
+            state |= {"type_k": None, "type_v": None}
+        return state
 
     @property
     def n_moe_layers(self) -> int:
@@ -153,15 +184,18 @@ class Llama(Speculative, llama_cpp.Llama):
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after every token, float32 [n_tokens, n_vocab]; the conversation is not touched."""
-        return self._evaluation().logits(tokens)
+        with self._lock:
+            return self._evaluation().logits(tokens)
 
     def hidden_states(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the hidden states float32 [n_tokens, n_embd], after the final norm."""
-        return self._evaluation().hidden_states(tokens)
+        with self._lock:
+            return self._evaluation().hidden_states(tokens)
 
     def active_experts(self, tokens: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Return the router's choices, bool [n_moe_layers, n_tokens, n_experts]; the conversation is not touched."""
-        return self._evaluation().active_experts(tokens)
+        with self._lock:
+            return self._evaluation().active_experts(tokens)
 
     def union_stats(self, reset: bool = False) -> UnionStats:
         """Return the expert counters of the conversation since the last reset (see UnionStats)."""
@@ -181,6 +215,7 @@ class Llama(Speculative, llama_cpp.Llama):
         llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale))
 
     def _evaluation(self) -> Evaluator:
+        self._running()
         if self._evaluator is None:
             self._evaluator = Evaluator(self)
         return self._evaluator

@@ -50,10 +50,11 @@ def _receive(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         print(message, end="", file=sys.stderr, flush=True)
 
 
-def install(verbose: bool) -> None:
-    """Send llama.cpp's log to stderr when `verbose`, nowhere otherwise."""
+def install(verbose: bool | None = None) -> None:
+    """Send llama.cpp's log to stderr when `verbose`, nowhere when not; None leaves that as it is (nowhere at first)."""
     low_level = library.load()
-    _Sink.verbose = verbose
+    if verbose is not None:
+        _Sink.verbose = verbose
     if _Sink.callback is None:
         import llama_cpp._logger  # noqa: F401  sets its own callback when first imported; ours has to come after it
 

@@ -14,12 +14,14 @@ A drafter sees only verified text. The loop calls, for each generation::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from blockffn.errors import BlockffnError
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 
 
@@ -32,7 +34,12 @@ class Context:
 
 
 class Drafter:
-    """Base of all drafters: proposes nothing. Subclasses override what they need."""
+    """Base of all drafters: proposes nothing. Subclasses override what they need.
+
+    A drafter serves one model at a time, the last one that it was attached to. The model closes it with itself; one
+    that was replaced by another drafter is left to its owner. One that holds native memory defines `__reduce__`, so
+    that copies of the model get a fresh one.
+    """
 
     name = "none"
     can_tree = False  # may `propose` return a tree when the context allows it?
@@ -67,4 +74,23 @@ class Drafter:
         return 0
 
     def close(self) -> None:
-        """Free what the drafter holds."""
+        """Free what the drafter holds; `Llama.close` calls it. It may be attached again."""
+
+
+class LlamaDraftModelDrafter(Drafter):
+    """Asks a llama_cpp.llama_speculative.LlamaDraftModel, such as LlamaPromptLookupDecoding, for chains."""
+
+    name = "draft_model"
+
+    def __init__(self, draft_model: Callable[..., Tokens]) -> None:
+        if not callable(draft_model):
+            raise BlockffnError(
+                f"draft_model: expected a llama_cpp.llama_speculative.LlamaDraftModel, found {draft_model!r}; a GGUF "
+                "file drafts as drafter=blockffn.ModelDrafter(path)"
+            )
+        self.draft_model = draft_model
+        self.max_nodes = self.max_chain = int(getattr(draft_model, "num_pred_tokens", Drafter.max_nodes))
+
+    def propose(self, context: Context, n: int) -> Draft:
+        """Return the first `n` tokens of its proposal."""
+        return Draft.chain(np.asarray(self.draft_model(context.tokens), dtype=np.int32)[:n], self.name)

@@ -2,8 +2,7 @@
 
 >>> import blockffn
 >>> llm = blockffn.Llama("model.gguf")                         # doctest: +SKIP
->>> head = blockffn.EagleDrafter("head.gguf", llm)             # doctest: +SKIP
->>> llm.set_up_speculation(head)                               # doctest: +SKIP
+>>> llm.set_up_speculation(blockffn.EagleDrafter("head.gguf")) # doctest: +SKIP
 
 Row i of the head holds token i + 1 and the target's state of token i (after its final norm); it guesses token i + 2.
 While drafting deeper, the head's own output takes the place of the state. Rows with true states stay in the head's
@@ -24,15 +23,16 @@ from blockffn.errors import BlockffnError
 from blockffn.gguf_contract import ARCH_EAGLE, DRAFT_TOKENS, key
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.model import load_model, open_context
+from blockffn.speculative.model import load_model, not_attached, open_context
 from blockffn.speculative.target import Floats, Target
 from blockffn.speculative.tree import AUTHORS, TreeGrower, TreeShape
 from blockffn.speculative.vocabulary import check_same
 
 
 class EagleDrafter(Drafter):
-    """A draft head (converted with `blockffn convert --target`) beside the model `llm` that it was trained for.
+    """A draft head (converted with `blockffn convert --target`) beside the model that it was trained for.
 
+    llm: the model, or None: the head is loaded when a model is given the drafter.
     tree: True for the authors' shape (3 levels, 10 children, 32 nodes), a TreeShape, or False for chains only.
     Which of chain and tree is used, and how large, is chosen by measured speed. Raises BlockffnError for a file that is
     no head, or a head of another hidden size or vocabulary.
@@ -42,51 +42,66 @@ class EagleDrafter(Drafter):
     wants_hidden = True
     max_chain = 6
 
-    def __init__(self, path: str | Path, llm: Any, tree: bool | TreeShape = True, n_threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, llm: Any = None, tree: bool | TreeShape = True, n_threads: int | None = None
+    ) -> None:
         self.path, self.n_threads = str(path), n_threads
         self.shape = tree if isinstance(tree, TreeShape) else AUTHORS
         self.can_tree = tree is not False
         self.max_nodes = self.shape.nodes if self.can_tree else self.max_chain
-        self._model = load_model(self.path)
+        self._model: Any = None
         self._context: Any = None
-        self._check(llm)
-        self._ids = _draft_vocabulary(self.path)  # int32 [n_draft] draft row -> token, or None
-        self._n_draft = self._model.n_vocab() if self._ids is None else len(self._ids)
-        self._open(llm)
+        self._attached: Target | None = None
+        if llm is not None:
+            self.attach(llm)
 
-    def _check(self, llm: Any) -> None:
-        found = self._model.metadata().get("general.architecture")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, None, self.shape if self.can_tree else False, self.n_threads)
+
+    def attach(self, llm: Any) -> None:
+        """Load the head (once), compare it with the model, and forget the text."""
+        model = self._model or load_model(self.path)
+        self._check(model, llm)
+        if self._model is None:
+            self._model = model
+            self._ids = _draft_vocabulary(self.path)  # int32 [n_draft] draft row -> token, or None
+            self._n_draft = model.n_vocab() if self._ids is None else len(self._ids)
+        if self._attached is None or llm.n_ctx() != self._limit:
+            self._open(llm)
+        self.reset()
+
+    def _check(self, model: Any, llm: Any) -> None:
+        found = model.metadata().get("general.architecture")
         if found != ARCH_EAGLE:
             raise BlockffnError(
                 f"{self.path}: expected a draft head ({ARCH_EAGLE}), found the architecture {found}; a model drafts "
                 "through blockffn.ModelDrafter"
             )
-        if self._model.n_embd() != llm.n_embd():
+        if model.n_embd() != llm.n_embd():
             raise BlockffnError(
-                f"{self.path}: the head reads hidden states of {self._model.n_embd()} values, expected "
+                f"{self.path}: the head reads hidden states of {model.n_embd()} values, expected "
                 f"{llm.n_embd()} as in {llm.model_path}: it was made for another model"
             )
-        check_same(self.path, self._model.vocab, llm._model.vocab)
+        check_same(self.path, model, llm._model)
 
     def _open(self, llm: Any) -> None:
         levels = self.shape.iterations - 1  # evaluated beyond the first
         n_seq = max(1, levels * self.shape.top_k) if self.can_tree else 1
+        context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq)
         if self._context is not None:
             self._context.close()
-        self._context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq)
-        capacity, n_embd = int(self._context.params.n_batch), self._model.n_embd()
-        self._head = Target(
-            self._context.ctx, self._model.n_vocab(), n_embd, capacity, n_seq, hidden=True, n_embd_input=n_embd
+        self._context = context
+        capacity, n_embd = int(context.params.n_batch), self._model.n_embd()
+        self._attached = Target(
+            context.ctx, self._model.n_vocab(), n_embd, capacity, n_seq, hidden=True, n_embd_input=n_embd
         )
         self._limit = llm.n_ctx()
-        self.reset()
 
-    def attach(self, llm: Any) -> None:
-        """Follow the target to a new context."""
-        self._check(llm)
-        if llm.n_ctx() != self._limit:
-            self._open(llm)
-        self.reset()
+    @property
+    def _head(self) -> Target:
+        if self._attached is None:
+            raise not_attached(self.path)
+        return self._attached
 
     def reset(self) -> None:
         """Forget the text."""
@@ -135,10 +150,8 @@ class EagleDrafter(Drafter):
         """Return a chain of `n` tokens, or a tree of at most `n` nodes where the context allows it."""
         self._text = context.tokens
         n = min(n, self._limit - len(context.tokens) - self.shape.iterations)
-        if n < 1 or self._rows + self._pending != len(context.tokens) - 1:
-            return EMPTY
-        if self._pending == 0:  # nothing new since the last draft: redo the last row
-            return EMPTY
+        if n < 1 or self._pending == 0 or self._rows + self._pending != len(context.tokens) - 1:
+            return EMPTY  # no room, or no true state of the last token but one that was not drafted from already
         last = self._pending - 1
         self._evaluate_pending(slice(-1, None))
         state, logits = self._head.hidden()[last], self._head.logits(1)[:, : self._n_draft]
@@ -228,8 +241,9 @@ class EagleDrafter(Drafter):
         """Free the head."""
         if self._context is not None:
             self._context.close()
+        if self._model is not None:
             self._model.close()
-            self._context = None
+        self._context = self._model = self._attached = None
 
 
 def _draft_vocabulary(path: str) -> npt.NDArray[np.int32] | None:

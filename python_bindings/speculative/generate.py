@@ -5,78 +5,165 @@ at the end of the constructor; nothing else is needed::
 
     class Llama(Speculative, llama_cpp.Llama):
         def __init__(self, ..., drafter=None, exact=False):
+            self._lock = threading.RLock()
             super().__init__(...)
+            self.set_up_rows()
             self.set_up_speculation(drafter, exact)
 
-`Speculative` replaces only `generate` (the source of tokens), `eval`, and the rows that log-probabilities are read
-from. Everything above them stays llama_cpp's own: text, stop strings, streaming, echo, chat formats. Every result,
-and the last chunk of every stream, carries ``["speculation"]``. Plain decoding runs through the same loop with a
-drafter that proposes nothing, so that log-probabilities work without logits_all (rows are kept for the generated
-tokens only, for the prompt too where echo asks for it) and `exact=True` compares like with like.
+`Speculative` replaces only `generate` (the source of tokens), `eval`, what reads or replaces the cache, and the rows
+that log-probabilities are read from. Everything above them stays llama_cpp's own: text, stop strings, streaming, echo,
+chat formats. Every result, and the last chunk of every stream, carries ``["speculation"]``. Plain decoding runs through
+the same loop with a drafter that proposes nothing, so that log-probabilities work without logits_all (rows are kept for
+the generated tokens only, for the prompt too where echo asks for it) and `exact=True` compares like with like.
+
+Threads: one call at a time. A call waits for the one that runs in another thread: a complete answer, an evaluation, or
+one chunk of a stream. Between two chunks nothing is held: whoever starts a generation then ends the open one, and its
+next chunk raises RuntimeError.
 
 `set_up_speculation` may replace the llama_context that llama_cpp.Llama made by another one of the same model, when
-trees need sequences, a drafter needs hidden states, or exact mode needs other kernels.
+trees need sequences, a drafter needs hidden states, or exact mode needs other kernels. If anything fails, model and
+drafter stay as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import functools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from threading import RLock
 from typing import Any
 
 import numpy as np
 
-from blockffn import library
+from blockffn import library, logs
 from blockffn.errors import BlockffnError
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.policy import PLAIN, Plan, Policy, limits
+from blockffn.speculative.rows import KeptRows, Rows
 from blockffn.speculative.target import Target
+
+library.load()
+import llama_cpp  # noqa: E402  only after `load`
 
 
 class Speculative:
     """Mixin for a subclass of llama_cpp.Llama; see the module's docstring."""
 
     _loop: Loop | None = None
+    _lock: RLock
     _sequences = 1  # of the cache; more than one for trees
+    _all_rows: KeptRows | None = None  # llama_cpp's `scores`, with logits_all
+    _next_rows: KeptRows | None = None  # where the next generation copies its logits to
+    drafter: Drafter | None = None
     exact: bool = False
+
+    def set_up_rows(self: Any) -> None:
+        """Take over `scores`, of which llama_cpp reserves n_batch rows that nothing needs; call once, at first."""
+        self.logits_all = self._logits_all
+        self._logits_all = True  # log-probabilities need no logits_all here
+        if self.logits_all:
+            self._all_rows = KeptRows(self._n_vocab, memory=self.scores)
+        else:
+            self.scores = np.zeros((1, self._n_vocab), dtype=np.float32)
 
     def set_up_speculation(self: Any, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
         """Use `drafter` from now on (None: plain decoding). `plan` fixes the draft of every step, for experiments."""
-        used = drafter or Drafter()
-        if self._loop is not None:
-            self._loop.settle()
-        n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
-        flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
-            _replace_context(self, n_seq, exact)
-        if exact != self.exact:
-            _set_exact(self._ctx.ctx, exact)
-        self.exact, self.drafter, self._sequences = exact, drafter, n_seq
-        target = Target(self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True)
-        used.attach(self)
-        policy = Policy(*limits(used), PLAIN if drafter is None else plan)
-        self._loop = Loop(self, target, used, policy, _union_counter(self))
+        with self._lock:
+            if self._loop is not None:
+                self._loop.end()
+            used = drafter or Drafter()
+            _check_fits(self, used)
+            used.attach(self)
+            n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
+            flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
+                _replace_context(self, n_seq, exact)
+            elif exact != self.exact:
+                _set_exact(self._ctx.ctx, exact)
+            self.exact, self.drafter, self._sequences = exact, drafter, n_seq
+            target = Target(
+                self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
+            )
+            policy = Policy(*limits(used), PLAIN if drafter is None else plan)
+            self._loop = Loop(self, target, used, policy, _union_counter(self))
 
     def speculation(self) -> dict[str, Any]:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""
-        assert self._loop is not None
-        return self._loop.statistics.as_dict()
+        return self._running().statistics.as_dict()
+
+    def _running(self) -> Loop:
+        if self._loop is None:
+            raise BlockffnError("this model was closed; load it again")
+        return self._loop
 
     def close(self: Any) -> None:
-        """Free the model; a generator that is still open ends quietly."""
-        if self._loop is not None:
-            self._loop.abandon()
-        super().close()  # type: ignore[misc]
+        """Free the model and its drafter; a generator that is still open ends quietly."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.abandon()
+                self._loop = None
+            if self.drafter is not None:
+                self.drafter.close()
+            super().close()  # type: ignore[misc]
 
     def eval(self: Any, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the current text, as llama_cpp.Llama.eval does."""
-        if self._loop is None or (self._logits_all and self._loop.keep_rows is None):
-            super().eval(tokens)  # type: ignore[misc]
-        else:
-            self._loop.evaluate(np.asarray(tokens, dtype=np.int32))
-        self._requires_eval = False
+        with self._lock:
+            loop = self._running()
+            loop.end()
+            loop.kept = self._all_rows
+            if len(tokens):
+                loop.evaluate(np.asarray(tokens, dtype=np.int32))
+            self._requires_eval = False
+
+    def reset(self: Any) -> None:
+        """Forget the text, as llama_cpp.Llama.reset does; an open stream ends."""
+        with self._lock:
+            self._running().end()
+            super().reset()  # type: ignore[misc]
+
+    def embed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Embed texts, as llama_cpp.Llama.embed does; the conversation is forgotten, an open stream ends."""
+        with self._lock:
+            self._running().end()
+            return super().embed(*args, **kwargs)  # type: ignore[misc]
+
+    def save_state(self: Any) -> Any:
+        """Return a llama_cpp.LlamaState of the verified text. Its `scores` are empty without logits_all."""
+        with self._lock:
+            self._running().settle()
+            state = super().save_state()  # type: ignore[misc]
+            if not self.logits_all:
+                state.scores = np.empty((0, self._n_vocab), dtype=np.float32)
+            return state
+
+    def load_state(self: Any, state: Any) -> None:
+        """Go back to a saved state, as llama_cpp.Llama.load_state does; an open stream ends."""
+        if state.n_tokens > self.n_ctx():
+            raise BlockffnError(
+                f"load_state: the state holds {state.n_tokens} tokens, the context {self.n_ctx()}: load the model with "
+                f"n_ctx={state.n_tokens} or more"
+            )
+        fitted = copy.copy(state)
+        fitted.scores = np.zeros_like(self.scores[: state.n_tokens])
+        known = min(len(fitted.scores), len(state.scores))
+        fitted.scores[:known] = state.scores[:known]
+        fitted.input_ids = self.input_ids.copy()
+        fitted.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        with self._lock:
+            loop = self._running()
+            loop.end()
+            try:
+                super().load_state(fitted)  # type: ignore[misc]
+            except RuntimeError:  # llama.cpp refuses it, and may have changed the cache by then
+                self.n_tokens = loop.target.rewind(0)
+                raise
+            if self._all_rows is not None:
+                self._all_rows.known = known
 
     def generate(
         self: Any,
@@ -119,44 +206,81 @@ class Speculative:
         }
         penalties = repeat_penalty != 1.0 or frequency_penalty != 0.0 or presence_penalty != 0.0
         greedy = temp == 0.0 and not (penalties or logits_processor or grammar)
-        self._sampler = None if greedy else self._init_sampler(**chain)
-        prompt = list(tokens) if reset else [*self._input_ids.tolist(), *tokens]
-        if not prompt:
-            raise BlockffnError("generate: the prompt is empty: expected at least one token")
-        sampling = Sampling(_greedy if greedy else _chain_sampler(self), _end_of_text(self), stopping_criteria)
-        yield from self._loop.run(prompt, sampling)
+        with self._lock:
+            loop = self._running()
+            self._sampler = None if greedy else self._init_sampler(**chain)
+            prompt = list(tokens) if reset else [*self._input_ids.tolist(), *tokens]
+            if not prompt:
+                raise BlockffnError("generate: the prompt is empty: expected at least one token")
+            sampling = Sampling(_greedy if greedy else _chain_sampler(self), _end_of_text(self), stopping_criteria)
+            kept, self._next_rows = self._next_rows or self._all_rows, None
+        yield from _locked(self._lock, loop.run(prompt, sampling, kept))
 
     def _create_completion(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Add the statistics to llama_cpp's results, and keep the rows that log-probabilities need."""
-        logits_all = self._logits_all
-        keep = kwargs.get("logprobs") is not None
-        if keep and not logits_all:
-            self._loop.keep_rows, self._logits_all = "all" if kwargs.get("echo") else "new", True
+        kept = self._all_rows
+        if kept is None and kwargs.get("logprobs") is not None:
+            kept = KeptRows(self._n_vocab, prompt=bool(kwargs.get("echo")))
+        yield from _locked(self._lock, self._results(kept, super()._create_completion(*args, **kwargs)))  # type: ignore[misc]
+
+    def _results(self: Any, kept: KeptRows | None, results: Iterator[Any]) -> Generator[Any, None, None]:
+        """Run one completion, which copies its logits to `kept`; free them at its end."""
+        self._next_rows = kept
         try:
-            for result in super()._create_completion(*args, **kwargs):  # type: ignore[misc]
-                done = result["choices"][0]["finish_reason"] is not None
-                yield {**result, "speculation": self.speculation()} if done else result
+            yield from self._with_statistics(results)
         finally:
-            self._loop.keep_rows, self._logits_all = None, logits_all
+            self._next_rows = None
+            if self._loop is not None and self._loop.kept is kept:
+                self._loop.kept = self._all_rows
 
     def create_chat_completion(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Add the statistics to the answer, or to the last chunk of a stream: llama_cpp's chat formats drop them."""
-        result = super().create_chat_completion(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(result, dict):
-            return {**result, "speculation": self.speculation()}
-        return self._with_statistics(result)
+        with self._lock:
+            result = super().create_chat_completion(*args, **kwargs)  # type: ignore[misc]
+            if isinstance(result, dict):
+                return {**result, "speculation": self.speculation()}
+        return _locked(self._lock, self._with_statistics(result))
 
-    def _with_statistics(self, chunks: Iterator[Any]) -> Iterator[Any]:
+    def _with_statistics(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
         for chunk in chunks:
             done = any(choice.get("finish_reason") is not None for choice in chunk["choices"])
             yield {**chunk, "speculation": self.speculation()} if done else chunk
 
     @property
     def _scores(self: Any) -> Any:
-        """The logits that llama_cpp reads log-probabilities from, indexed by position."""
-        if self._loop is not None and self._loop.keep_rows is not None:
-            return self._loop.rows()
-        return self.scores[: self.n_tokens, :]
+        """The logits that llama_cpp reads, indexed by position: all, the kept ones, or those of the last token."""
+        loop = self._running()
+        if self.logits_all and loop.kept is self._all_rows:
+            return self.scores[: self.n_tokens]
+        if loop.kept is not None:
+            return loop.kept.rows()
+        rows = np.empty((0, self._n_vocab), dtype=np.float32) if loop.row is None else loop.row[None]
+        return Rows.of(rows, self.n_tokens - 1)
+
+    @property
+    def eval_logits(self: Any) -> deque[list[float]]:
+        """The logits of all tokens with logits_all, of the last one otherwise."""
+        return deque(self._scores.tolist(), maxlen=self._n_ctx if self.logits_all else 1)
+
+
+# editors, and wrappers that inspect it, see llama_cpp's signature
+functools.update_wrapper(Speculative.create_chat_completion, llama_cpp.Llama.create_chat_completion)
+
+
+def _locked(lock: Any, items: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+    """Run a generator so that it holds `lock` while it works, and lets go of it while its caller does."""
+    sent = None
+    try:
+        while True:
+            with lock:
+                try:
+                    item = items.send(sent)
+                except StopIteration:
+                    return
+            sent = yield item
+    finally:
+        with lock:
+            items.close()
 
 
 def _greedy(_row: int, logits: Any) -> int:
@@ -199,25 +323,52 @@ def _union_counter(llm: Any) -> Callable[[], float] | None:
     return count
 
 
+def _check_fits(llm: Any, drafter: Drafter) -> None:
+    """Refuse a drafter whose drafts the model's cache cannot verify."""
+    if (llm._is_recurrent or llm._is_hybrid) and type(drafter) is not Drafter:
+        raise BlockffnError(
+            f"{llm.model_path}: the memory of a recurrent model cannot forget rejected tokens: drafts by "
+            f"{drafter.name} cannot be verified; use drafter=None"
+        )
+    most = library.load().llama_max_parallel_sequences()
+    if drafter.can_tree and drafter.max_nodes > most:
+        raise BlockffnError(
+            f"{drafter.name}: trees of up to {drafter.max_nodes} nodes need as many sequences, llama.cpp has {most} at "
+            f"most: expected a tree size of at most {most + 1}, root included"
+        )
+
+
 def _replace_context(llm: Any, n_seq: int, exact: bool) -> None:
     """Give the model a new, empty context with `n_seq` sequences in one cache; exact mode needs flash attention.
 
-    Only there are the values not transposed in the cache, so that an accepted path can be moved together.
+    Only there are the values not transposed in the cache, so that an accepted path can be moved together. The old one
+    is freed once the new one is there: for a moment both need memory, and a failure changes nothing.
     """
     from llama_cpp import _internals as internals
 
-    params = llm.context_params
-    params.n_seq_max = n_seq
+    params = type(llm.context_params).from_buffer_copy(llm.context_params)
+    params.n_seq_max = max(n_seq, params.n_seq_max)
     params.kv_unified = True
     if exact:
         params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    with logs.collect() as lines:
+        try:
+            context = internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
+        except ValueError as error:
+            raise BlockffnError(
+                f"{llm.model_path}: no context of {params.n_ctx} tokens with {n_seq} sequences beside the present one: "
+                f"{logs.reason(lines) or error}; nothing was changed"
+            ) from error
+    try:
+        if exact:
+            _set_exact(context.ctx, True)
+        llm.apply_adapters(context.ctx)
+    except BaseException:
+        context.close()
+        raise
     llm._ctx.close()
-    llm._ctx = llm._stack.enter_context(
-        contextlib.closing(internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose))
-    )
-    llm.n_tokens, llm._requires_eval, llm.exact = 0, True, False
-    if hasattr(llm, "apply_adapters"):
-        llm.apply_adapters(llm._ctx.ctx)
+    llm._ctx, llm.context_params = llm._stack.enter_context(contextlib.closing(context)), params
+    llm.n_tokens, llm._requires_eval = 0, True
 
 
 def _set_exact(ctx: int, exact: bool) -> None:

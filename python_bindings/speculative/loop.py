@@ -20,7 +20,7 @@ import numpy as np
 from blockffn.speculative.draft import EMPTY, ROOT, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.policy import Plan, Policy
-from blockffn.speculative.rows import Rows
+from blockffn.speculative.rows import KeptRows
 from blockffn.speculative.stats import Statistics
 from blockffn.speculative.target import Floats, Target
 
@@ -77,9 +77,8 @@ class Loop:
     ) -> None:
         self.state, self.target, self.drafter, self.policy, self.union = state, target, drafter, policy, union
         self.statistics = Statistics()
-        self.keep_rows: str | None = None  # None, "new" (rows of generated tokens) or "all" (of the prompt too)
-        self._rows: list[Floats] = []
-        self._rows_first = 0
+        self.kept: KeptRows | None = None  # where the logits that tokens are sampled from are copied to, if anywhere
+        self.row: Floats | None = None  # the logits of the last verified token, [n_vocab], until the next evaluation
         self._logits: Floats = np.empty((0, 0), dtype=np.float32)  # outputs of the last evaluation, [rows, n_vocab]
         self._batch_row = 0  # the row of the batch that the first of them belongs to
         self._plan: Plan | None = None  # of the step being verified; None for the prompt
@@ -87,16 +86,18 @@ class Loop:
         self._last_step: tuple[int, float, float] | None = None  # tokens and seconds of the last evaluation, and the
         # loop's own seconds before it: known in full when the next step begins
         self._open: tuple[Text, Draft, list[int]] | None = None  # the draft being walked, its accepted nodes so far
+        self._owner: Text | None = None  # the text of the generation that may go on
 
-    def rows(self) -> Rows:
-        """Return the rows kept in the last generation, indexed by their position in the text."""
-        array = np.array(self._rows) if self._rows else np.empty((0, self.target.n_vocab), dtype=np.float32)
-        return Rows.of(array, self._rows_first)
+    def run(
+        self, prompt: Sequence[int], sampling: Sampling, kept: KeptRows | None = None
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Yield the tokens that follow `prompt` until the context is full; it may be closed at any token.
 
-    def run(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, Sequence[int] | None, None]:
-        """Yield the tokens that follow `prompt` until the context is full; it may be closed at any token."""
+        `kept` takes a copy of the logits that the tokens are sampled from.
+        """
         self.settle()
         text = Text(prompt, min(len(self.state.input_ids), self.state.n_ctx()))
+        self.kept, self._owner = kept, text
         self._begin(text.tokens)
         draft = EMPTY
         while True:
@@ -111,15 +112,23 @@ class Loop:
                 draft = self._step(text)
 
     def settle(self) -> None:
-        """End the step of a generator that was left at a token: the cache then holds the verified text and no more."""
+        """End the step of a generator that was left at a token: the cache then holds the verified text and no more.
+
+        The generator may go on.
+        """
         if self._open is not None:
             text, draft, path = self._open
             self._open = None
             self._finish(text, draft, path, False)
 
+    def end(self) -> None:
+        """End the generation that was left at a token: the cache is about to be changed from outside."""
+        self.settle()
+        self._owner = None
+
     def abandon(self) -> None:
         """Let go of the cache, which is about to be freed: a generator that is still open must not touch it."""
-        self._open = None
+        self._open = self._owner = None
 
     def evaluate(self, tokens: Tokens, text: Tokens | None = None) -> None:
         """Append `tokens` int32 [n], n > 0, to the verified text in batches; the last one's logits are kept.
@@ -127,22 +136,25 @@ class Loop:
         `text` is the whole verified text, where it is already known in memory that does not change.
         """
         self.settle()
-        state, target, everything = self.state, self.target, self.keep_rows == "all"
+        if text is None:
+            self._owner = None
+        state, target, kept = self.state, self.target, self.kept
+        everything = kept is not None and kept.prompt
         target.truncate(state.n_tokens)
         self._plan = None
         for start in range(0, len(tokens), target.batch.capacity):
             part = tokens[start : start + target.batch.capacity]
             last = slice(-1, None) if start + len(part) == len(tokens) else slice(0, 0)
             target.evaluate_text(part, state.n_tokens, slice(None) if everything else last)
-            if everything:
-                self._rows += list(target.logits(len(part)).copy())
+            if kept is not None and everything:
+                kept.put(state.n_tokens, target.logits(len(part)))
             if self.drafter.wants_hidden:
                 known = np.concatenate([state.input_ids[: state.n_tokens], tokens[start:]]) if text is None else text
                 self.drafter.hidden(known, state.n_tokens, target.hidden())
             state.input_ids[state.n_tokens : state.n_tokens + len(part)] = part
             state.n_tokens += len(part)
         self._logits = target.logits(len(part) if everything else 1)[-1:]
-        self._batch_row = len(part) - 1
+        self._batch_row, self.row = len(part) - 1, self._logits[0]
 
     def _begin(self, prompt: Tokens) -> None:
         """Reuse the part of the cache that `prompt` begins with, evaluate the rest."""
@@ -157,13 +169,10 @@ class Loop:
         self.target.begin()
         if self.drafter.wants_hidden:
             reuse = min(reuse, self.drafter.known_states())
-        if self.keep_rows == "all":
-            reuse = 0
-        self._rows, self._rows_first = [], 0 if self.keep_rows == "all" else len(prompt) - 1
-        state.n_tokens = reuse
+        if self.kept is not None:
+            reuse = min(reuse, self.kept.begin(len(prompt)))
+        state.n_tokens = reuse = self.target.rewind(reuse)
         self.evaluate(prompt[reuse:], prompt)
-        if self.keep_rows == "all":
-            self._rows.pop()  # `_walk` keeps the row of the last token itself
         self._union_total = self.union() if self.union else 0.0
         self.statistics.prompt_n, self.statistics.reused_n = len(prompt) - reuse, reuse
         self.statistics.prompt_seconds = perf_counter() - started
@@ -225,9 +234,9 @@ class Loop:
         try:
             while True:
                 sample_started = perf_counter()
-                row = logits[node + 1]
-                if self.keep_rows is not None:
-                    self._rows.append(row.copy())
+                row = self.row = logits[node + 1]
+                if self.kept is not None:
+                    self.kept.put(state.n_tokens - 1, row)
                 token = sampling.sample(batch_row + 1 + node, row)
                 sampled = perf_counter()
                 statistics.sample_seconds += sampled - sample_started
@@ -242,9 +251,9 @@ class Loop:
                     sent = yield token
                 finally:
                     started = perf_counter()  # the caller's time is left out, also when it closes the generator
-                if self._open is not mine:
-                    raise RuntimeError("this generation was ended by another one on the same model")
-                if sent or child is None or sampling.is_end(token):
+                if self._owner is not text:
+                    raise RuntimeError("this generation was ended by another one on the same model, or by its reset")
+                if self._open is not mine or sent or child is None or sampling.is_end(token):
                     return sent or ()
                 path.append(child)
                 node = child
@@ -263,14 +272,15 @@ class Loop:
         nodes, accepted = len(draft), len(path)
         if self.drafter.wants_hidden:
             states = self.target.hidden()
-            rows = states[[0, *(1 + node for node in path)]]
-            self.drafter.hidden(text.tokens, self.state.n_tokens - 1 - accepted, rows)
+            rows = states[: 1 + accepted] if draft.is_chain else states[[0, *(1 + node for node in path)]]
+            self.drafter.hidden(text.tokens, self.target.first, rows)  # n_tokens may have been set from outside
         self.target.keep(path, nodes)
         depth = nodes if draft.is_chain else int(draft.depth().max())
         self.statistics.add_step(nodes, accepted, draft.is_chain, depth, draft.source)
         if complete:
             self.policy.observe(self._plan, nodes, depth, accepted)
             self.statistics.switched_off = self.policy.switched_off
+            self.statistics.switched_off_reason = self.policy.reason
             self.drafter.observe(nodes, accepted)
 
 

@@ -26,7 +26,8 @@ class ModelDrafter(Drafter):
     """Proposes the greedy continuation of a draft model.
 
     `max_nodes` bounds the draft. With `p_min` > 0 drafting stops before a token whose probability is lower.
-    Raises BlockffnError when the file is no model or its vocabulary is not the target's.
+    Raises BlockffnError when the file is no model, its vocabulary is not the target's, or its memory cannot forget
+    rejected tokens.
     """
 
     name = "model"
@@ -37,12 +38,19 @@ class ModelDrafter(Drafter):
         self.path, self.max_nodes, self.p_min, self.n_threads = str(path), max_nodes, p_min, n_threads
         self._model: Any = None
         self._context: Any = None
+        self._target: Target | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.max_nodes, self.p_min, self.n_threads)
 
     def attach(self, llm: Any) -> None:
         """Load the model (once) and compare its vocabulary with the target's."""
         if self._model is None:
             self._model = load_model(self.path)
-        check_same(self.path, self._model.vocab, llm._model.vocab)
+        check_same(self.path, self._model, llm._model)
+        api = library.load()
+        if api.llama_model_is_recurrent(self._model.model) or api.llama_model_is_hybrid(self._model.model):
+            raise BlockffnError(f"{self.path}: a recurrent model cannot draft: its memory cannot forget tokens")
         self.close_context()
         self._context = open_context(self._model, llm, self.n_threads)
         capacity = int(self._context.params.n_batch)
@@ -81,30 +89,37 @@ class ModelDrafter(Drafter):
 
     def _keep_common(self, tokens: Tokens) -> None:
         """Forget what the cache holds beyond its common beginning with `tokens`; at least the last token is redone."""
+        target = self._attached()
         end = min(self._cached, len(tokens) - 1)
         start = min(self._verified, end)
         differs = np.flatnonzero(self._text[start:end] != tokens[start:end])
         common = start + int(differs[0]) if len(differs) else end
         if common < self._cached:
-            self._target.truncate(common)
+            target.truncate(common)
         self._cached = self._verified = common
 
     def _evaluate(self, tokens: Tokens) -> Floats:
         """Append tokens to the cache; return the logits after the last, float32 [n_vocab]."""
-        capacity = self._target.batch.capacity
+        target = self._attached()
+        capacity = target.batch.capacity
         for start in range(0, len(tokens), capacity):
             part = tokens[start : start + capacity]
-            self._target.evaluate_text(part, self._cached, slice(-1, None))
+            target.evaluate_text(part, self._cached, slice(-1, None))
             self._text[self._cached : self._cached + len(part)] = part
             self._cached += len(part)
-        row: Floats = self._target.logits(1)[0]
+        row: Floats = target.logits(1)[0]
         return row
+
+    def _attached(self) -> Target:
+        if self._target is None:
+            raise not_attached(self.path)
+        return self._target
 
     def close_context(self) -> None:
         """Free the context; `attach` makes another one."""
         if self._context is not None:
             self._context.close()
-            self._context = None
+        self._context = self._target = None
 
     def close(self) -> None:
         """Free the model."""
@@ -119,6 +134,11 @@ def probability(logits: Floats, token: int) -> float:
     return 1.0 / float(np.exp(logits - logits[token]).sum())
 
 
+def not_attached(path: str) -> BlockffnError:
+    """Return the error of a drafter that is used before it met a model, or after that model was closed."""
+    return BlockffnError(f"{path}: this drafter was closed, or met no model yet: give it to a blockffn.Llama")
+
+
 def load_model(path: str) -> Any:
     """Load a GGUF as llama_cpp's internal LlamaModel; BlockffnError with llama.cpp's reason when it cannot be."""
     api = library.load()
@@ -126,7 +146,7 @@ def load_model(path: str) -> Any:
 
     if not Path(path).is_file():
         raise BlockffnError(f"{path}: no such file")
-    logs.install(False)
+    logs.install()
     with logs.collect() as lines:
         try:
             return internals.LlamaModel(path_model=path, params=api.llama_model_default_params(), verbose=False)
@@ -148,7 +168,10 @@ def open_context(model: Any, llm: Any, n_threads: int | None, **changes: Any) ->
     params.no_perf = True
     for name, value in changes.items():
         setattr(params, name, value)
-    try:
-        return internals.LlamaContext(model=model, params=params, verbose=False)
-    except ValueError as error:
-        raise BlockffnError(f"{model.path_model}: no context of {params.n_ctx} tokens: {error}") from error
+    with logs.collect() as lines:
+        try:
+            return internals.LlamaContext(model=model, params=params, verbose=False)
+        except ValueError as error:
+            raise BlockffnError(
+                f"{model.path_model}: no context of {params.n_ctx} tokens: {logs.reason(lines) or error}"
+            ) from error

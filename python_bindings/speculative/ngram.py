@@ -13,6 +13,8 @@ token, so that a step costs the same after ten tokens and after ten thousand.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
@@ -36,6 +38,9 @@ class NGramDrafter(Drafter):
         self.sizes = tuple(sorted(set(sizes), reverse=True))
         self.max_nodes, self.can_tree = max_nodes, tree
         self.reset()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.sizes, self.max_nodes, self.can_tree)
 
     def reset(self) -> None:
         """Forget the text."""

@@ -84,6 +84,7 @@ class Policy:
         self.acceptance = Acceptance(max_nodes)
         self.trees = TreeGain()
         self.switched_off = 0  # how often speculation was given up
+        self.reason = ""  # why it was given up the last time
         self._chosen, self._stay = PLAIN, 0  # the present plan, and for how many steps it still holds
         self._trial = 0  # steps with a draft since speculation was switched on
         self._since_plain = 0.0  # what the drafted steps since a plain one took, in plain steps
@@ -164,13 +165,11 @@ class Policy:
         least = 2 * self._pause if self._lost > 0.0 else FIRST_PAUSE
         self._pause = int(min(max(least, FIRST_PAUSE, self._lost / SHARE), LONGEST_PAUSE))
         self._lost = 2 * self.times.switch() / self.times.predict(1)  # of the next trial
-        log.info(
-            "speculation off: %.0f %% of first drafts right, a step of 2 tokens takes %.2f of a plain one; "
-            "next trial in %d tokens",
-            100 * self.acceptance.rate(0),
-            self.times.predict(2) / self.times.predict(1),
-            self._pause,
+        self.reason = (
+            f"speculation off: {100 * self.acceptance.rate(0):.0f} % of first drafts right, a step of 2 tokens takes "
+            f"{self.times.predict(2) / self.times.predict(1):.2f} of a plain one; next trial in {self._pause} tokens"
         )
+        log.info(self.reason)
         self.acceptance.forget()
         self._trial = 0
         return self._pause

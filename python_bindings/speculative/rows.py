@@ -1,9 +1,13 @@
-"""Logits kept for log-probabilities: only the rows that the answer needs, indexed by their place in the text.
+"""Logits kept for log-probabilities: only the rows that the answer needs, indexed by their position in the text.
 
 >>> import numpy as np
->>> from blockffn.speculative.rows import Rows
->>> kept = Rows.of(np.arange(6.0, dtype=np.float32).reshape(2, 3), first=10)
->>> kept[11].tolist(), kept[10:].shape
+>>> from blockffn.speculative.rows import KeptRows
+>>> kept = KeptRows(n_vocab=3)
+>>> kept.begin(11)                                # a prompt of 11 tokens: all of it may come from the cache
+11
+>>> kept.put(10, np.arange(6.0).reshape(2, 3))    # the rows of positions 10 and 11
+>>> rows = kept.rows()
+>>> rows[11].tolist(), rows[10:].shape
 ([3.0, 4.0, 5.0], (2, 3))
 """
 
@@ -12,6 +16,46 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+FIRST_GROWTH = 16  # rows of the first memory; each next one is twice as large
+
+
+class KeptRows:
+    """Rows of logits, the one at position p scoring token p + 1, in one array that grows; `rows` are views of it.
+
+    prompt: keep the rows of the prompt, not only those of the generated tokens. memory: float32 [n_ctx, n_vocab] that
+    holds the rows of all positions from one generation to the next (llama_cpp's `scores` with logits_all).
+    """
+
+    def __init__(self, n_vocab: int, prompt: bool = False, memory: Floats | None = None) -> None:
+        self.prompt = prompt or memory is not None
+        self.known = 0  # rows that are there
+        self._first = 0  # position of the first of them
+        self._memory = np.zeros((0, n_vocab), dtype=np.float32) if memory is None else memory
+
+    def begin(self, n_prompt: int) -> int:
+        """Start with a prompt of so many tokens; return how many of them need not be evaluated for their rows."""
+        if self.prompt:
+            return self.known
+        self._first, self.known = n_prompt - 1, 0
+        return n_prompt
+
+    def put(self, position: int, rows: Floats) -> None:
+        """Copy the rows of positions position, ... float32 [n, n_vocab] (or one row); later ones are forgotten."""
+        rows = np.atleast_2d(rows)
+        start = position - self._first
+        self.known = start + len(rows)
+        if self.known > len(self._memory):
+            larger = np.zeros((max(FIRST_GROWTH, 2 * len(self._memory), self.known), rows.shape[1]), dtype=np.float32)
+            larger[:start] = self._memory[:start]
+            self._memory = larger
+        self._memory[start : self.known] = rows
+
+    def rows(self) -> Rows:
+        """Return a view of the rows, indexed by position."""
+        return Rows.of(self._memory[: self.known], self._first)
 
 
 class Rows(np.ndarray[Any, np.dtype[np.float32]]):

@@ -40,6 +40,7 @@ class Statistics:
     sample_seconds: float = 0.0
     loop_seconds: float = 0.0  # everything else inside the loop
     switched_off: int = 0
+    switched_off_reason: str = ""  # of the last time
 
     def add_step(self, drafted: int, accepted: int, chain: bool, depth: int = 0, source: str = "") -> None:
         """Count one step that verified `drafted` nodes (of a tree of `depth`) and accepted the first `accepted`."""
@@ -94,6 +95,7 @@ class Statistics:
             },
             "steps_by_source": dict(self.steps_by_source),
             "switched_off": self.switched_off,
+            "switched_off_reason": self.switched_off_reason,
             "draft_ms": 1e3 * self.draft_seconds,
             "verify_ms": 1e3 * self.verify_seconds,
             "sample_ms": 1e3 * self.sample_seconds,

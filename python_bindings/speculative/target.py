@@ -55,7 +55,7 @@ class Target:
         self.batch = Batch(capacity, n_seq, n_embd_input, alone)
         self._alone, self._shared = alone, 0  # the first positions, which all sequences hold
         self._leaves: npt.NDArray[np.int32] | None = None
-        self._first = 0
+        self.first = 0  # position of the first token of the last evaluation
         self._pack = _pack_function(self._api._lib)
         self._nextn = _nextn_function(ctx, hidden)
         self.evaluated = 0  # tokens of the last evaluation
@@ -66,9 +66,20 @@ class Target:
 
     def truncate(self, n: int) -> None:
         """Forget every position from `n` on, in all sequences."""
+        if self.n_seq == 1 and self.length() <= n:
+            return  # caches that cannot be cut refuse even to forget nothing
         if not self._api.llama_memory_seq_rm(self._memory, -1, n, -1):
             raise BlockffnError(f"the cache of this model cannot forget positions from {n} on: speculation needs that")
         self._shared = min(self._shared, n)
+
+    def rewind(self, n: int) -> int:
+        """Forget every position from `n` on, or all of them where the cache cannot be cut; return how many are left."""
+        try:
+            self.truncate(n)
+        except BlockffnError:
+            self.truncate(0)
+            return 0
+        return n
 
     def length(self) -> int:
         """Return the number of positions in the cache."""
@@ -105,7 +116,7 @@ class Target:
         self._api.llama_memory_seq_cp(self._memory, source, target, first, -1)
 
     def _decode(self, first: int) -> None:
-        self._first = first
+        self.first = first
         self.evaluated = int(self.batch.native.n_tokens)
         code = self._api.llama_decode(self.ctx, self.batch.native)
         if code == 0:
@@ -125,7 +136,7 @@ class Target:
 
     def keep(self, path: list[int], nodes: int) -> None:
         """Of the draft just evaluated keep the root and the nodes of `path`, forget the rest."""
-        kept = self._first + 1 + len(path)
+        kept = self.first + 1 + len(path)
         if self._leaves is None or not path:
             if len(path) < nodes:
                 self.truncate(kept)
@@ -134,14 +145,14 @@ class Target:
         leaf = int(self._leaves[path[-1]])
         self.truncate(kept)
         self._shared = kept
-        if self._pack is not None and self._pack(self._memory, leaf, self._first + 1):
+        if self._pack is not None and self._pack(self._memory, leaf, self.first + 1):
             return
         for seq in range(self.n_seq):
             if seq != leaf:
-                self._api.llama_memory_seq_rm(self._memory, seq, self._first + 1, -1)
+                self._api.llama_memory_seq_rm(self._memory, seq, self.first + 1, -1)
         for seq in range(self.n_seq):
             if seq != leaf:
-                self._api.llama_memory_seq_cp(self._memory, leaf, seq, self._first + 1, kept)
+                self._api.llama_memory_seq_cp(self._memory, leaf, seq, self.first + 1, kept)
 
 
 def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | None:
