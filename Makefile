@@ -91,7 +91,7 @@ bench: setup
 	$(VENV)/bin/blockffn bench
 
 bench-ops: setup
-	$(PY) -m blockffn.eval.bench.ops --build $(OUT)
+	$(VENV)/bin/blockffn bench ops --build $(OUT)
 
 # All of upstream's tests on the patched tree but those that download; `make test` runs some of them on our models.
 test-upstream: setup

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench import models as bench
+from blockffn.eval.bench import report as bench_report
 from blockffn.eval.bench.models import Candidate, Phase
 from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import model as planted
@@ -52,13 +54,24 @@ def test_json_line(models: PlantedModels, blockffn_cli: Callable[..., Any], tmp_
     ]
     assert {row["model"] for row in rows} == {models.union.name, models.dense.name}
     for row in rows:
-        assert row["tokens_per_second"] == pytest.approx(1e3 * row["n"] / row["step_ms"])
         assert row["peak_rss_mb"] > 20 and row["spread"] >= 0
     environment = report["environment"]
     assert environment["threads"] == 1 and environment["past"] == 17
     assert set(environment["buffers"]) == {"union", "dense"} and all(environment["buffers"].values())
     assert 0 < environment["tls"] < 1
     assert "union / dense" in result.stdout and "peak memory" in result.stdout
+
+
+def test_rows_from_known_seconds() -> None:
+    """Speeds are tokens over the median of all steps; the spread is half the distance of the quartiles over it."""
+    phase = Phase("verify", 4, 5)
+    worker: Any = SimpleNamespace(
+        candidate=Candidate("folder/m.gguf", "union"), seconds={phase: [0.1, 0.2, 0.4, 0.5, 9.0]}, statistics={}
+    )
+    (row,) = bench_report.rows(worker, {"peak_rss_mb": 7.0}, [phase])
+    assert (row["model"], row["samples"], row["peak_rss_mb"]) == ("m.gguf", 5, 7.0)
+    assert row["tokens_per_second"] == pytest.approx(10.0) and row["step_ms"] == pytest.approx(400.0)
+    assert row["spread"] == pytest.approx(0.375)
 
 
 def test_steps_and_rounds(models: PlantedModels) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blockffn import library
+from blockffn.cli import main
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench import peer_program
 from blockffn.eval.bench import peers as bench_peers
@@ -32,10 +33,9 @@ def test_all_contenders(blockffn_model: Path, stock_model: Path, tmp_path: Path,
     if not (library.directory() / peer_program.NAME).is_file():
         chosen = [contender for contender in chosen if contender.program != "llama-cli"]
     monkeypatch.setattr(bench_peers, "contenders", lambda draft: chosen)
-    arguments = ["bench_peers", "-m", blockffn_model, "--draft", blockffn_model, "-f", text, "--prompts", "2"]
+    arguments = ["bench", "peers", "-m", blockffn_model, "--draft", blockffn_model, "-f", text, "--prompts", "2"]
     arguments += ["--length", "60", "--tokens", "12", "--rounds", "1", "-t", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-    assert bench_peers.main() == 0
+    assert main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(printed.splitlines()[-1])["rows"]
     assert [(row["program"], row["drafter"]) for row in rows] == [(c.program, c.drafter) for c in chosen]
@@ -58,7 +58,7 @@ def test_a_failure_is_a_result(blockffn_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
     chosen = [Contender("blockffn", "none", ()), Contender("blockffn", "broken", ("--draft", str(broken)))]
-    rows = bench_peers.run(str(blockffn_model), chosen, ["some text to go on with"], 8, 1, 1)
+    rows = bench_peers.measure(str(blockffn_model), chosen, ["some text to go on with"], 8, 1, 1)
     assert rows[0]["failure"] is None and "broken.gguf" in rows[1]["failure"]
     assert "failed: " in bench_peers.table(rows) and "tokens_per_second" not in rows[1]
 
@@ -105,6 +105,5 @@ def test_missing_files(name: str, tmp_path: Path, capsys: Any, monkeypatch: Any)
     there = tmp_path / "there"
     there.write_text("x")
     files = {"--model": there, "--draft": there, "--file": there, name: "missing.gguf"}
-    monkeypatch.setattr(sys, "argv", ["bench_peers", *(str(word) for pair in files.items() for word in pair)])
-    assert bench_peers.main() == 1
+    assert main(["bench", "peers", *(str(word) for pair in files.items() for word in pair)]) == 1
     assert capsys.readouterr().err == "error: missing.gguf: no such file\n"

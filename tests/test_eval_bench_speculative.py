@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from test_eval_bench import ROW
 
+from blockffn import library
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench import models as bench
-from blockffn.eval.bench.generate import parse_plan
 from blockffn.eval.bench.models import Candidate, Phase
+from blockffn.eval.bench.plans import parse_plan, plan_name
 from blockffn.eval.bench.worker import Worker
 from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import head as planted_head
@@ -77,15 +78,12 @@ def test_scripted_rows(
     ]
     for row in drafted:
         assert set(row) >= ROW and row["phase"] == "decode" and row["acceptance"] == row["probability"]
-        assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens_per_step"] / row["step_ms"])
         rate = row["probability"]
         if row["plan"] == "chain 3":
             assert row["n"] == 4
             assert row["tokens_per_step"] == pytest.approx(1 + rate + rate**2 + rate**3, abs=0.25)
         if row["plan"] == "tree 8":
             assert row["n"] == 9 and (row["tokens_per_step"] > 3.5 if rate else row["tokens_per_step"] == 1.0)
-    costly = [row["draft_ms"] / row["steps"] for row in drafted if row["plan"] == "chain 3"]
-    assert min(costly[2:]) > 2 * max(costly[:2])  # the head really runs
     assert "tokens/step" in printed and "/ dense" in printed
 
 
@@ -127,7 +125,21 @@ def test_only_whole_steps_are_measured(models: PlantedModels) -> None:
     answer = used.answer(Phase("decode", 1, 31, "chain 4", 1.0).request())
     statistics = answer["statistics"]
     assert statistics["measured_tokens"] == 5 * statistics["measured_steps"] >= 25
-    assert len(answer["seconds"]) == 1 and 0 < answer["seconds"][0] < 1
+    assert len(answer["seconds"]) == 1
+    used.llm.close()
+
+
+def test_the_head_beside_a_script_really_runs(models: PlantedModels, head: Path, monkeypatch: Any) -> None:
+    """A chain of 3 costs three evaluations of the head in every step that drafts."""
+    calls: list[int] = []
+    low_level = library.load()
+    native = low_level.llama_decode
+    monkeypatch.setattr(low_level, "llama_decode", lambda ctx, batch: (calls.append(ctx), native(ctx, batch))[1])
+    used = worker(models, draft=str(head), scripted=True)
+    calls.clear()
+    statistics = used.answer(Phase("decode", 1, 24, "chain 3", 0.8).request())["statistics"]
+    of_the_head = sum(ctx != used.target.ctx for ctx in calls)
+    assert of_the_head >= 3 * statistics["steps"] and len(calls) - of_the_head >= statistics["steps"]
     used.llm.close()
 
 
@@ -153,6 +165,7 @@ def test_head_is_made_once(models: PlantedModels, head: Path) -> None:
 )
 def test_plans(words: str, plan: Plan | None) -> None:
     assert parse_plan(words) == plan
+    assert plan is None or plan_name(plan) == words
 
 
 @pytest.mark.parametrize("words", ["chain", "chain 0", "tree 32", "bush 3", "chain -1", "4"])

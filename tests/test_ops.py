@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockffn import library
+from blockffn.cli import main
 from blockffn.eval.bench import ops as bench_ops
 
 
@@ -100,5 +101,5 @@ def test_files(tmp_path: Path) -> None:
 
 def test_missing_program_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A build folder without the program gives one clear message and exit code 1."""
-    assert bench_ops.main(["--build", str(tmp_path)]) == 1
+    assert main(["bench", "ops", "--build", str(tmp_path)]) == 1
     assert "make build" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.measured import Acceptance, StepTimes, TreeGain
 from blockffn.speculative.policy import PLAIN, Plan, Policy
+from blockffn.speculative.scripted import CHILDREN
 
 TOKENS, SEEDS = 2000, 6
 PERIOD = 200
@@ -63,7 +64,8 @@ class Simulation:
     ) -> None:
         self.machine, self.draft_cost, self.seed, self.tokens = machine, draft_cost, seed, tokens
         rates = p if isinstance(p, tuple) else (p, p)
-        drafters = [GuessingDrafter(range(tokens + 100), rate, 2 * tokens + 200, seed) for rate in rates]
+        text, n_vocab = range(tokens + 100), 2 * tokens + 200
+        drafters = [ScriptedDrafter(text, rate, n_vocab, seed, CHILDREN, by_place=True) for rate in rates]
         self.steady, self.drafter = rates[0] == rates[1], drafters[0]
         self.drafter.right = [drafters[at // PERIOD % 2].right[at] for at in range(tokens + 100)]
 

@@ -44,13 +44,34 @@ def test_few_draws_give_the_rate_of_a_chain(probability: float, nodes: int) -> N
 
 @pytest.mark.parametrize(("probability", "nodes", "depth"), [(0.6, 8, 6), (0.7, 17, 3), (0.9, 31, 5)])
 def test_few_draws_give_the_rate_of_a_tree(probability: float, nodes: int, depth: int) -> None:
-    rates = guesses(probability, 4)
-    parents, ranks = best_tree(tuple(rates), nodes, depth)
-    worth = [1.0] * (nodes + 1)
-    for node, (parent, rank) in enumerate(zip(parents, ranks, strict=True)):
-        worth[node] = (1.0 if parent < 0 else worth[parent]) * rates[rank]
-    drafter = ScriptedDrafter(TRUTH, rates, 5000, depth=depth, max_nodes=31, near=32)
-    assert mean_accepted(drafter, nodes, True, 200) == pytest.approx(sum(worth[:nodes]), abs=0.15)
+    drafter = ScriptedDrafter(TRUTH, probability, 5000, branch=4, depth=depth, max_nodes=31, near=32)
+    expected = drafter.expected(nodes, tree=True) - 1  # the sampled token
+    assert mean_accepted(drafter, nodes, True, 200) == pytest.approx(expected, abs=0.15)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_luck_by_place_has_the_rate_that_is_promised(tree: bool) -> None:
+    truth = np.random.default_rng(1).integers(0, 500, 6000)
+    drafter = ScriptedDrafter(truth.tolist(), 0.6, 500, branch=4, by_place=True)
+    given = []
+    for at in range(1, 5900, 3):
+        draft = drafter.propose(Context(truth[:at].astype(np.int32), tree), 8)
+        assert len(draft) == 8 and len(set(zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True))) == 8
+        given.append(1 + accepted(draft, truth[at : at + 8].tolist()))
+    assert np.mean(given) == pytest.approx(drafter.expected(8, tree), rel=0.05)
+
+
+def test_drafters_of_one_seed_are_right_in_the_same_places() -> None:
+    """A better drafter is right wherever a worse one is; other plans and later calls change nothing."""
+    worse, better = (ScriptedDrafter(TRUTH, p, 5000, branch=3, by_place=True) for p in (0.4, 0.7))
+    right = [np.array(drafter.right) == 0 for drafter in (worse, better)]
+    assert (right[1] | ~right[0]).all() and right[1].sum() > right[0].sum()
+    context = Context(TRUTH[:50])
+    first = accepted(better.propose(context, 8), TRUTH[50:58].tolist())
+    assert accepted(better.propose(context, 8), TRUTH[50:58].tolist()) == first
+    assert accepted(better.propose(context, 2), TRUTH[50:52].tolist()) == min(first, 2)
+    other = ScriptedDrafter(TRUTH, 0.7, 5000, seed=1, branch=3, by_place=True)
+    assert other.right != better.right
 
 
 def test_the_best_tree_is_the_best() -> None:
@@ -72,7 +93,7 @@ def test_the_best_tree_is_the_best() -> None:
 
 
 def test_wrong_tokens_are_near_and_different() -> None:
-    drafter = ScriptedDrafter(TRUTH, (0.0, 0.0, 0.0), 5000, near=8)
+    drafter = ScriptedDrafter(TRUTH, 0.0, 5000, branch=3, near=8)
     for known in range(10, 60):
         draft = drafter.propose(Context(TRUTH[:known], True), 15)
         away = draft.tokens - (TRUTH[known] + draft.depth() - 1)
@@ -90,8 +111,7 @@ def test_guesses() -> None:
     [
         {"probability": 1.5},
         {"probability": -0.1},
-        {"probability": ()},
-        {"probability": (0.7, 0.7)},
+        {"probability": 0.5, "branch": 0},
         {"probability": 0.5, "branch": 4, "near": 3},
         {"probability": 0.5, "near": 100},
         {"probability": 0.5, "depth": 0},

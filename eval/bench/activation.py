@@ -1,6 +1,6 @@
 """What an expert activation costs in a whole model: NormSiLU beside SiLU, all weights equal, one run.
 
-    $ python -m blockffn.eval.bench.activation --profile portable --json      # DECO-1.2B in Q4_0, made when missing
+    $ blockffn bench activation --profile portable --json      # DECO-1.2B in Q4_0, made when missing
 
 Two random models of a DECO shape (eval/planted) differ in nothing but expert_act_func, so that tokens, routing
 and bytes are the same. They are timed as `blockffn bench` times its candidates: in turn, a process each, medians over
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from blockffn.commands.common import count
-from blockffn.errors import BlockffnError
 from blockffn.eval.bench import models as bench
 from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
 from blockffn.eval.planted import files as planted_files
@@ -71,9 +70,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="bench_activation", description=(__doc__ or "").splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench activation`."""
     shapes = [name for name, shape in planted.SHAPES.items() if shape.family == "deco"]
     parser.add_argument("--shape", choices=shapes, default="deco-1.2b", help="default: %(default)s")
     parser.add_argument("--type", default="Q4_0", metavar="TYPE", help="weight type (default: %(default)s)")
@@ -83,16 +81,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", type=count, nargs="*", default=[4, 8, 32], metavar="N", help="tokens at once")
     parser.add_argument("--prefill", type=int, default=0, metavar="N", help="default: left out")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args(arguments)
-    try:
-        directory, threads = profile_directory(options.profile), options.threads or physical_cores()
-        timed = bench.phases(options.verify, options.prefill)
-        shape = planted.shape_named(options.shape)
-        rows = compare(shape, options.type, threads, options.rounds, timed, directory)
-        where = environment(directory) | {"threads": threads, "rounds": options.rounds, "type": options.type}
-    except (BlockffnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """Time both models, print the table and, on request, one line of JSON."""
+    directory, threads = profile_directory(options.profile), options.threads or physical_cores()
+    timed = bench.phases(options.verify, options.prefill)
+    shape = planted.shape_named(options.shape)
+    rows = compare(shape, options.type, threads, options.rounds, timed, directory)
+    where = environment(directory) | {"threads": threads, "rounds": options.rounds, "type": options.type}
     print(headline(where, threads))
     print(table(rows))
     if options.json:
@@ -102,7 +99,3 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,7 @@
     $ blockffn bench --shape 1.2b --acceptance 0.6,0.8     # speculation at these rates beside it
     $ blockffn bench -m model-Q4_0.gguf --dense model-dense-Q4_0.gguf --json
     $ blockffn bench -m model-Q4_0.gguf --draft ngram --draft head.gguf --tree -f code.py
+    $ blockffn bench choice --shape 1.2b                   # a study of its own; `blockffn bench --help` lists them
 
 The honest dense baseline is a file of the dense layout (`blockffn convert --layout dense`), which stock llama.cpp runs
 with plain matrix products in its best buffers. Without --dense the expert-layout file itself runs densely, which is
@@ -13,6 +14,7 @@ slower than that and says so.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -22,9 +24,42 @@ from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.threads import physical_cores
 
+STUDIES = {
+    "ops": ("blockffn.eval.bench.ops", "the operations alone: what `make bench-ops` runs"),
+    "peers": ("blockffn.eval.bench.peers", "speculation beside llama_cpp.Llama and llama-cli on the same prompts"),
+    "convert": ("blockffn.eval.bench.convert", "time and memory of conversion"),
+    "activation": ("blockffn.eval.bench.activation", "NormSiLU against SiLU"),
+    "choice": ("blockffn.eval.studies.choice", "the automatic draft length against the best fixed one"),
+    "exact": ("blockffn.eval.studies.exact", "exact mode against the default mode"),
+    "loop": ("blockffn.eval.studies.loop", "the time of the Python loop of speculative decoding"),
+    "differences": ("blockffn.eval.studies.differences", "greedy text: plain against speculative decoding"),
+}
+
+
+class StudyParser(argparse.ArgumentParser):
+    """The parser of one study, which is imported when it is called for."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Declare the arguments of the study, then parse."""
+        study = importlib.import_module(STUDIES[self.prog.split()[-1]][0])
+        self.description = (study.__doc__ or "").splitlines()[0]
+        study.add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `blockffn bench`."""
+    """Declare the arguments of `blockffn bench` and its studies."""
+    _add_comparison(parser)
+    _add_speculation(parser)
+    studies = parser.add_subparsers(
+        dest="study", metavar="STUDY", parser_class=StudyParser, title="studies, each with --help of its own"
+    )
+    for name, (_, summary) in STUDIES.items():
+        study = studies.add_parser(name, help=summary, allow_abbrev=False)
+        study.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
     from blockffn.eval.bench import models as bench
     from blockffn.eval.environment import PROFILES
     from blockffn.eval.planted.model import SHAPES
@@ -49,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--past", type=count, default=bench.PAST, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    _add_speculation(parser)
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +109,10 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the models if needed, time them, print the tables."""
+    """Run a study, or make the models if needed, time them, print the tables."""
+    if args.study:
+        code: int = importlib.import_module(STUDIES[args.study][0]).run(args)
+        return code
     from blockffn.eval.bench import models as bench
     from blockffn.eval.bench import report as bench_report
     from blockffn.eval.environment import environment, profile_directory
@@ -168,7 +205,7 @@ def _is_head(draft: str) -> bool:
 
 
 def _plans(value: str) -> list[str]:
-    from blockffn.eval.bench.generate import parse_plan
+    from blockffn.eval.bench.plans import parse_plan
 
     plans = [" ".join(part.replace(":", " ").split()) for part in value.split(",") if part.strip()]
     for plan in plans:

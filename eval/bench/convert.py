@@ -1,6 +1,6 @@
 """Speed and memory of `blockffn convert` beside llama.cpp's own converter, on random checkpoints of like size.
 
-$ python -m blockffn.eval.bench.convert --shape 1.2b --repeat 3 \
+$ blockffn bench convert --shape 1.2b --repeat 3 \
     --upstream-python build/upstream-convert/bin/python --upstream build/pristine/vendor/llama.cpp
 
 The upstream converter needs its own requirements (requirements/requirements-convert_hf_to_gguf.txt) in an environment
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,27 @@ from safetensors.numpy import save_file
 from blockffn.errors import BlockffnError
 from blockffn.eval.environment import environment
 from blockffn.eval.planted.files import n_weights, write_checkpoint
-from blockffn.eval.planted.model import PlantedShape, shape_named
+from blockffn.eval.planted.model import SHAPES, PlantedShape, shape_named
 
 SHARD_BYTES = 400 << 20
 FIXED = 600e6  # bytes that the interpreter and its libraries may take
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", default="1.2b", help="a shape of blockffn.eval.planted.model")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench convert`."""
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="1.2b", help="random checkpoint (default: 1.2b)")
     parser.add_argument("--outtypes", nargs="+", default=["f16", "f32"], help="output types; the source is F16")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--upstream", type=Path, help="llama.cpp tree with convert_hf_to_gguf.py")
     parser.add_argument("--upstream-python", type=Path, help="interpreter that has upstream's requirements")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoints (default: a temporary folder)")
-    args = parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table and the JSON line."""
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=args.folder))
     try:
         rows = measure(shape_named(args.shape), folder, args)
-    except BlockffnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(table(rows))
@@ -176,7 +175,3 @@ def _llama_shapes(shape: PlantedShape, width: int) -> Iterator[tuple[str, tuple[
             yield f"{at}{name}.weight", (h,)
     yield "model.norm.weight", (h,)
     yield "lm_head.weight", (shape.n_vocab, h)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,28 +15,14 @@ from time import perf_counter
 from typing import Any
 
 from blockffn.errors import BlockffnError
+from blockffn.eval.bench.plans import parse_plan
 from blockffn.speculative import Drafter, EagleDrafter, NGramDrafter, ScriptedDrafter, TreeShape
-from blockffn.speculative.policy import Plan, Policy, limits
-from blockffn.speculative.scripted import guesses
+from blockffn.speculative.policy import Policy, limits
+from blockffn.speculative.scripted import CHILDREN
 
-CHILDREN = 4  # guesses of a scripted drafter for one place in a tree
 LEVELS = 6  # of a scripted tree
 NEAR = 32  # ids: wrong tokens share experts with the text around them, as those of trained drafters do
 SHAPE = TreeShape(LEVELS, CHILDREN, 32)  # of the head that runs beside the script
-
-
-def parse_plan(words: str) -> Plan | None:
-    """Return the plan of "plain", "chain 4" or "tree 8"; None for "auto". Errors: BlockffnError for anything else.
-
-    >>> parse_plan("tree 8")
-    Plan(nodes=8, tree=True)
-    """
-    kind, _, size = words.partition(" ")
-    if words in ("plain", "auto"):
-        return Plan() if words == "plain" else None
-    if kind in ("chain", "tree") and size.isdigit() and 0 < int(size) < 32:
-        return Plan(int(size), kind == "tree")
-    raise BlockffnError(f"plan: expected auto, chain N or tree N with N from 1 to 31, found {words!r}")
 
 
 @dataclass
@@ -59,7 +45,7 @@ class Generation:
     @property
     def target(self) -> Any:
         """Return the model's side of the loop (blockffn.speculative.target.Target)."""
-        return self.llm._loop.target
+        return self.llm.loop.target
 
     def forget(self) -> None:
         """Take nothing in the cache for known."""
@@ -77,11 +63,11 @@ class Generation:
 
         truth: the whole text, which a scripted drafter needs; BlockffnError when the model writes something else.
         """
-        loop = self.llm._loop
+        loop = self.llm.loop
         loop.policy = self._policies.setdefault((plan, probability), self._policy(plan))
         if isinstance(self.drafter, ScriptedDrafter):
             assert truth is not None and probability is not None
-            self.drafter.aim(truth, guesses(probability, len(self.drafter.rates)))
+            self.drafter.aim(truth, probability)
         found, tokens = self._generate(prompt, n_tokens)
         if truth is not None and tokens != list(truth[len(prompt) : len(prompt) + len(tokens)]):
             raise BlockffnError(
@@ -95,7 +81,7 @@ class Generation:
 
     def _generate(self, prompt: Sequence[int], n_tokens: int) -> tuple[dict[str, Any], list[int]]:
         """Return what `run` returns, and the tokens."""
-        loop, tokens, marks = self.llm._loop, list[int](), list[Mark]()
+        loop, tokens, marks = self.llm.loop, list[int](), list[Mark]()
         stream = self.llm.generate(prompt, temp=0.0)
         for token in stream:
             steps = loop.statistics.steps
@@ -119,8 +105,8 @@ def open_drafter(llm: Any, draft: str | None, scripted: bool, trees: bool) -> Dr
 
     if scripted:
         beside = None if draft in (None, "scripted") else EagleDrafter(str(draft), llm, tree=SHAPE if trees else False)
-        rates = guesses(0.5, CHILDREN if trees else 1)
-        return ScriptedDrafter([], rates, llm.n_vocab(), max_nodes=31, depth=LEVELS, near=NEAR, beside=beside)
+        branch = CHILDREN if trees else 1
+        return ScriptedDrafter([], 0.5, llm.n_vocab(), 0, branch, 31, depth=LEVELS, near=NEAR, beside=beside)
     if draft is None or draft == "ngram":
         return None if draft is None else NGramDrafter()
     drafter: Drafter = common.open_drafter(draft, trees, llm)

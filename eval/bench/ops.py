@@ -1,8 +1,8 @@
 """Run the benchmark of the ops and write its table, its figures and a plot.
 
-    python -m blockffn.eval.bench.ops --build build/native            # what `make bench-ops` calls
-    python -m blockffn.eval.bench.ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
-    python -m blockffn.eval.bench.ops --active 0.6 --no-files         # where most experts are active
+    blockffn bench ops --build build/native            # what `make bench-ops` calls
+    blockffn bench ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
+    blockffn bench ops --active 0.6 --no-files         # where most experts are active
 
 The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
 {"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -118,33 +117,27 @@ def write_files(result: dict[str, Any], folder: Path) -> None:
     plot(result["rows"], folder / f"{stem}.png", title)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="bench-ops", description=(__doc__ or "").splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench ops`."""
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "native", help="build folder of the profile")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the files (default: docs)")
     parser.add_argument("--no-files", action="store_true", help="print only")
     for name in OPTIONS:
         parser.add_argument(f"--{name}", help="passed to the program")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the table as it comes, write the files, print one line of JSON."""
     passed = [
         part for name in OPTIONS if getattr(options, name) is not None for part in (f"--{name}", getattr(options, name))
     ]
-    try:
-        binaries = options.build.resolve() / "bin"
-        rows = measure(binaries / "bench-ops", passed)
-        result = {
-            "environment": environment(binaries),
-            "rows": [{**row, "profile": binaries.parent.name} for row in rows],
-        }
-        if not options.no_files:
-            write_files(result, options.output)
-    except (BlockffnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    binaries = options.build.resolve() / "bin"
+    rows = measure(binaries / "bench-ops", passed)
+    result = {
+        "environment": environment(binaries),
+        "rows": [{**row, "profile": binaries.parent.name} for row in rows],
+    }
+    if not options.no_files:
+        write_files(result, options.output)
     print(json.dumps(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

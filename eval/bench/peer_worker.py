@@ -31,7 +31,7 @@ class Peer:
     def _ours(self, args: argparse.Namespace, options: dict[str, Any]) -> Any:
         import blockffn
         from blockffn.commands.common import open_drafter
-        from blockffn.eval.bench.generate import parse_plan
+        from blockffn.eval.bench.plans import parse_plan
 
         llm = blockffn.Llama(args.model, ffn=args.ffn, **options)
         if args.draft:

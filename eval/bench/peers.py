@@ -1,6 +1,6 @@
 """Speculative decoding beside its peers, on the same prompts, in one run.
 
-$ python -m blockffn.eval.bench.peers -m model-Q4_0.gguf --draft draft.gguf -f code.py
+$ blockffn bench peers -m model-Q4_0.gguf --draft draft.gguf -f code.py
 
 Contenders: blockffn.Llama plain, with n-grams and with the draft model (the automatic choice, and llama-cli's fixed
 number of tokens); llama_cpp.Llama as it is, plain and with its own LlamaPromptLookupDecoding, on the patched library
@@ -120,7 +120,7 @@ class Entry:
             self.failure = str(error)
 
 
-def run(
+def measure(
     model: str, chosen: Sequence[Contender], texts: Sequence[str], tokens: int, rounds: int, threads: int,
     directory: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -180,9 +180,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run all contenders; exit code 1 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m blockffn.eval.bench.peers", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench peers`."""
     parser.add_argument("-m", "--model", required=True, metavar="M.gguf", help="model in the expert layout")
     parser.add_argument("--draft", metavar="D.gguf", help="draft model with the same vocabulary")
     parser.add_argument("-f", "--file", required=True, metavar="FILE", help="text that the prompts are cut from")
@@ -193,24 +192,19 @@ def main() -> int:
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     parser.add_argument("--profile", choices=PROFILES, help="libraries of build/<profile>")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
-    try:
-        for path in filter(None, (args.model, args.draft, args.file)):
-            if not Path(path).is_file():
-                raise BlockffnError(f"{path}: no such file")
-        directory, threads = profile_directory(args.profile), args.threads or physical_cores()
-        texts = prompts(Path(args.file).read_text(encoding="utf-8"), args.prompts, args.length)
-        rows = run(args.model, contenders(args.draft), texts, args.tokens, args.rounds, threads, directory)
-    except BlockffnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Let all contenders run, print the table and, on request, one line of JSON."""
+    for path in filter(None, (args.model, args.draft, args.file)):
+        if not Path(path).is_file():
+            raise BlockffnError(f"{path}: no such file")
+    directory, threads = profile_directory(args.profile), args.threads or physical_cores()
+    texts = prompts(Path(args.file).read_text(encoding="utf-8"), args.prompts, args.length)
+    rows = measure(args.model, contenders(args.draft), texts, args.tokens, args.rounds, threads, directory)
     where = environment(directory) | {"threads": threads, "tokens": args.tokens, "rounds": args.rounds}
     print(headline(where, threads))
     print(table(rows))
     if args.json:
         print(json.dumps({"environment": where, "rows": rows}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

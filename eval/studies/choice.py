@@ -1,7 +1,7 @@
 """Does the automatic choice of the draft find the best fixed one? Measured on a model, at controlled acceptance.
 
-    $ python -m blockffn.eval.studies.choice --shape 1.2b                     # a planted model (eval/planted/model.py)
-    $ python -m blockffn.eval.studies.choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
+    $ blockffn bench choice --shape 1.2b           # a planted model (eval/planted/model.py)
+    $ blockffn bench choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
 
 The model follows a given text (its logits are computed, the next token is the text's), and a drafter that knows the
 text guesses each token with the given probability. Which tokens it guesses is drawn beforehand, so that all candidates
@@ -9,7 +9,7 @@ meet the same luck: plain decoding (in a model of its own, with one sequence), f
 choice, which starts knowing nothing. They take turns on every segment of the text, and only whole steps are counted.
 All this is repeated with other luck: the ratios are medians over the repeats, with the lowest and the highest.
 
-Where the first guess is wrong, the second is right with probability 1/2, the third with 1/4, ...: what trees live from.
+The drafter is blockffn.speculative.ScriptedDrafter, whose second and later guesses make trees worth their nodes.
 Fixed plans that a short calibration finds hopeless are left out; `--all` measures every one. Ends with a line of JSON.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,17 +26,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.bench.plans import plan_name
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
+from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.policy import PLAIN, Plan, Policy, limits, tree_sizes
+from blockffn.speculative.scripted import CHILDREN
 
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+LARGEST = 31  # nodes of a tree
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in tree_sizes(GuessingDrafter.max_nodes)))
+PLANS = (*(Plan(n) for n in CHAINS), *(Plan(n, True) for n in tree_sizes(LARGEST)))
 WORTH = 0.88  # fixed plans that calibration puts below this share of the best one are not measured
 MOST = 5  # nor more than so many
 
@@ -123,19 +124,20 @@ class Experiment:
         self.drafting.set_up_speculation(self.drafter(0.5))
         self.seconds = self.calibrate()
 
-    def drafter(self, acceptance: float, seed: int = 0) -> GuessingDrafter:
+    def drafter(self, acceptance: float, seed: int = 0) -> ScriptedDrafter:
         """Return a drafter that guesses a token with this probability; the draw depends on the seed only."""
-        return GuessingDrafter(self.truth, acceptance, self.drafting.n_vocab(), seed)
+        n_vocab = self.drafting.n_vocab()
+        return ScriptedDrafter(self.truth, acceptance, n_vocab, seed, CHILDREN, LARGEST, by_place=True)
 
     def candidate(self, name: str, drafter: Drafter, fixed: Plan | None) -> Candidate:
         """Return a way to decode with a policy of its own."""
         llm = self.plain if fixed is PLAIN else self.drafting
         policy = TimedPolicy(*limits(drafter), fixed)
-        return Candidate(name, Loop(llm, llm._loop.target, drafter, policy, llm._loop.union))
+        return Candidate(name, Loop(llm, llm.loop.target, drafter, policy, llm.loop.union))
 
     def calibrate(self) -> dict[Plan, float]:
         """Return the seconds of one step of every plan, the median of a few."""
-        target, drafter, past = self.drafting._loop.target, self.drafter(0.5), self.settings.past
+        target, drafter, past = self.drafting.loop.target, self.drafter(0.5), self.settings.past
         self.drafting.eval(self.truth[: past - 1])
         text = np.asarray(self.truth[:past], dtype=np.int32)
         found = {}
@@ -151,7 +153,7 @@ class Experiment:
             found[plan] = float(np.median(seconds))
         return found
 
-    def promising(self, drafter: GuessingDrafter) -> list[Plan]:
+    def promising(self, drafter: ScriptedDrafter) -> list[Plan]:
         """Return the fixed plans worth measuring: the best by calibration, and those near the best."""
         rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in PLANS}
         order = sorted(PLANS, key=lambda plan: -rate[plan])
@@ -183,11 +185,6 @@ class Settings:
     tokens: int
     segment: int
     every: bool = False
-
-
-def plan_name(plan: Plan) -> str:
-    """Return the name of a plan in tables; a tree's size counts its root, as the authors of EAGLE-2 do."""
-    return f"tree {plan.nodes + 1}" if plan.tree else f"chain {plan.nodes}" if plan.nodes else "plain"
 
 
 def compare(acceptance: float, repeats: Sequence[Sequence[Candidate]]) -> dict[str, Any]:
@@ -234,9 +231,8 @@ RATIOS = ("to_best", "to_plain")
 HEAD = f"acceptance    plain     best           automatic  {'of best':<24} {'of plain':<24} fixed plans, tokens/s"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the experiment for every acceptance, print the table and one line of JSON."""
-    args = _parser().parse_args(argv)
     from blockffn.eval.environment import environment, headline
 
     settings = Settings(args.past, args.tokens, args.segment, args.all)
@@ -259,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="the automatic draft length against the best fixed one")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench choice`."""
     add_model_arguments(parser)
     parser.add_argument("--acceptance", type=_rates, default=ACCEPTANCE, metavar="P,P", help="default: 0 to 0.95")
     parser.add_argument("--tokens", type=count, default=1024, metavar="N", help="of a repeat (default: 1024)")
@@ -270,7 +266,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--past", type=count, default=128, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     parser.add_argument("--all", action="store_true", help="measure every fixed plan")
-    return parser
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -278,7 +273,3 @@ def _rates(text: str) -> tuple[float, ...]:
     if not values or not all(0.0 <= value <= 1.0 for value in values):
         raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1 with commas between, found {text}")
     return values
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -1,7 +1,7 @@
 """How often does greedy text differ between plain decoding and speculative decoding in the default mode?
 
-    $ python -m blockffn.eval.studies.differences -m model-f16.gguf -f text.txt --types F16,Q8_0,Q4_0,Q4_K_M
-    $ python -m blockffn.eval.studies.differences --shape 1.2b --texts 4
+    $ blockffn bench differences -m model-f16.gguf -f text.txt --types F16,Q8_0,Q4_0,Q4_K_M
+    $ blockffn bench differences --shape 1.2b --texts 4
 
 Greedy texts are generated plainly from pieces of the text, then followed once more with drafts of several shapes: at
 every token the choice of the speculative batch is compared with the plain one, and the plain one is taken, so that a
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from blockffn.cli import guarded
 from blockffn.commands.common import count
-from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.bench.plans import named
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
+from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.loop import Sampling
 from blockffn.speculative.policy import Plan
+from blockffn.speculative.scripted import CHILDREN
 
-PLANS = {"chain 3": Plan(3), "chain 7": Plan(7), "chain 15": Plan(15), "tree 32": Plan(31, True)}
+PLANS = named("chain 3", "chain 7", "chain 15", "tree 31")
 ACCEPTANCE = 0.7  # of the drafts; a mixture of right and wrong ones
 PROMPT = 32
 
@@ -58,7 +58,7 @@ def generate(llm: Any, prompts: Sequence[Sequence[int]], length: int, exact: boo
 
     for prompt in prompts:
         found.tops.append([])
-        found.texts.append([*prompt, *itertools.islice(llm._loop.run(prompt, Sampling(choose)), length)])
+        found.texts.append([*prompt, *itertools.islice(llm.loop.run(prompt, Sampling(choose)), length)])
     return found
 
 
@@ -72,7 +72,7 @@ class Followed:
 
 def follow(llm: Any, text: Sequence[int], tops: Sequence[float], plan: Plan, exact: bool, seed: int) -> Followed:
     """Follow `text` with drafts, from the token on that the first of `tops` belongs to."""
-    drafter = GuessingDrafter(text, ACCEPTANCE, llm.n_vocab(), seed)
+    drafter = ScriptedDrafter(text, ACCEPTANCE, llm.n_vocab(), seed, CHILDREN, max_nodes=31, by_place=True)
     llm.set_up_speculation(drafter, exact, plan)
     found, start = Followed(), len(text) - len(tops)
 
@@ -82,7 +82,7 @@ def follow(llm: Any, text: Sequence[int], tops: Sequence[float], plan: Plan, exa
         found.different += int(logits.argmax()) != text[start + at]
         return text[start + at]
 
-    for _ in itertools.islice(llm._loop.run(text[:start], Sampling(compare)), len(tops)):
+    for _ in itertools.islice(llm.loop.run(text[:start], Sampling(compare)), len(tops)):
         pass
     return found
 
@@ -129,16 +129,18 @@ def files(path: str, types: Sequence[str], folder: Path) -> Iterator[tuple[str, 
         target.unlink()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Count the differences of every type, print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description="greedy text: plain against speculative decoding")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench differences`."""
     add_model_arguments(parser)
     parser.add_argument("--types", default="", metavar="T,T", help="quantize the model of -m to each of these first")
     parser.add_argument("--texts", type=count, default=16, metavar="N", help="greedy texts (default: 16)")
     parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of each (default: 256)")
     parser.add_argument("--exact", action="store_true", help="the control: exact mode")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count the differences of every type, print a table and one line of JSON."""
     from blockffn.eval.environment import environment
 
     path, text = model_and_text(args.shape, args.model, args.file)
@@ -159,7 +161,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
     print(json.dumps({"environment": environment(), "rows": found}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -1,17 +1,16 @@
 """What exact mode costs: the same evaluations in both modes, in turns.
 
-    $ python -m blockffn.eval.studies.exact --shape 1.2b
-    $ python -m blockffn.eval.studies.exact -m model.gguf -f text.txt
+    $ blockffn bench exact --shape 1.2b
+    $ blockffn bench exact -m model.gguf -f text.txt
 
-Timed are one token, a chain of 4 and of 8 tokens, a tree of 32, all after `--past` tokens, and a prompt of 512. Figures
-are medians; the spread is half the distance of the quartiles over the median. Ends with a line of JSON.
+Timed are one token, batches of 4 and of 8 tokens, a tree of 31 with its root, all after `--past` tokens, and a prompt
+of 512. Figures are medians; the spread is half the distance of the quartiles over the median. Ends with a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from blockffn.cli import guarded
 from blockffn.commands.common import count
 from blockffn.eval.bench.report import median_and_spread
-from blockffn.eval.planted.guesses import GuessingDrafter
 from blockffn.eval.studies.text import add_model_arguments, model_and_text
+from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.drafter import Context
+from blockffn.speculative.scripted import CHILDREN
 
 MODES = ("default", "exact")
 PROMPT = 512
-DRAFTS = {"decode": (0, False), "verify 4": (3, False), "verify 8": (7, False), "tree 32": (31, True)}
-REPEATS = {"decode": 16, "verify 4": 8, "verify 8": 6, "tree 32": 4, "prefill 512": 1}  # in one round
+DRAFTS = {"decode": (0, False), "verify 4": (3, False), "verify 8": (7, False), "tree 31": (31, True)}
+REPEATS = {"decode": 16, "verify 4": 8, "verify 8": 6, "tree 31": 4, "prefill 512": 1}  # in one round
 
 
 class Mode:
@@ -43,10 +42,10 @@ class Mode:
 
     def prepare(self, tokens: Sequence[int]) -> None:
         """Take the text that is evaluated."""
-        self.drafter = GuessingDrafter(tokens, 0.7, self.llm.n_vocab())
+        self.drafter = ScriptedDrafter(tokens, 0.7, self.llm.n_vocab(), branch=CHILDREN, max_nodes=31)
         self.llm.set_up_speculation(self.drafter, self.exact)
         self.tokens = np.asarray(tokens, dtype=np.int32)
-        self.target = self.llm._loop.target
+        self.target = self.llm.loop.target
 
     def run(self, phase: str) -> list[float]:
         """Return the seconds of each evaluation of one phase."""
@@ -89,14 +88,16 @@ def _row(default: list[float], exact: list[float]) -> dict[str, Any]:
     return row | {"ratio": row["exact_ms"] / row["default_ms"], "samples": len(default)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Time both modes, print the table and one line of JSON."""
-    parser = argparse.ArgumentParser(description="exact mode against the default mode")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench exact`."""
     add_model_arguments(parser)
     parser.add_argument("--past", type=count, default=128, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("--rounds", type=count, default=7, metavar="N", help="default: 7")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time both modes, print the table and one line of JSON."""
     from blockffn.eval.environment import environment, headline
 
     path, text = model_and_text(args.shape, args.model, args.file)
@@ -115,7 +116,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(json.dumps({"environment": where, "rows": rows}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -1,7 +1,7 @@
 """What the Python around llama.cpp costs in one step of speculative decoding, by size and shape of the draft.
 
-    $ python -m blockffn.eval.studies.loop -m model.gguf -f text.txt
-    $ python -m blockffn.eval.studies.loop -m model.gguf -f text.txt --head head.gguf
+    $ blockffn bench loop -m model.gguf -f text.txt
+    $ blockffn bench loop -m model.gguf -f text.txt --head head.gguf
 
 A step's seconds less those of llama_decode and of waiting for its logits: filling the batch, greedy sampling, walking
 the draft, clearing the cache, statistics, the choice of the plan; drafting is a column of its own (with `--head` that
@@ -13,11 +13,11 @@ with a line of JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import itertools
 import json
 import pstats
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,39 +25,54 @@ from typing import Any
 
 import numpy as np
 
-from blockffn.cli import guarded
+from blockffn import library
 from blockffn.commands.common import count
-from blockffn.eval.planted.guesses import GuessingDrafter
+from blockffn.eval.bench.plans import named
 from blockffn.eval.studies.text import add_model_arguments, model_and_text
+from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.policy import Plan, Policy
+from blockffn.speculative.scripted import CHILDREN
 
-PLANS = {"plain": Plan(), "chain 4": Plan(4), "chain 8": Plan(8), "chain 16": Plan(16), "tree 32": Plan(31, True)}
+PLANS = named("plain", "chain 4", "chain 8", "chain 16", "tree 31")
 AIMS = {"chain": 0.3, "tree": 0.8}  # milliseconds
 PROMPT, SHOWN, ACCEPTANCE = 64, 12, 0.7
 LINE = "{draft:<10} {steps:7} {loop_ms:18.3f} {loop_ms_90:6.3f} {drafting_ms:23.3f} {drafting_ms_90:6.3f}"
 
 
-class TimedLibrary:
-    """The native library; the time inside evaluations and inside waiting for their results is counted."""
+class NativeClock:
+    """Counts the seconds inside llama_decode and inside waiting for its results, by context, within a `with` block."""
 
-    def __init__(self, api: Any) -> None:
-        self._api, self.seconds = api, 0.0
-        for name in ("llama_decode", "llama_get_logits"):
-            setattr(self, name, self._timed(getattr(api, name)))
+    NAMES = ("llama_decode", "llama_get_logits")
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}  # address of a llama_context -> seconds
+        self._library = library.load()
+        self._native = {name: getattr(self._library, name) for name in self.NAMES}
+
+    def __enter__(self) -> NativeClock:
+        for name, native in self._native.items():
+            setattr(self._library, name, self._timed(native))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, native in self._native.items():
+            setattr(self._library, name, native)
 
     def _timed(self, native: Any) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(ctx: int, *arguments: Any) -> Any:
             started = time.perf_counter()
-            found = native(*arguments)
-            self.seconds += time.perf_counter() - started
+            found = native(ctx, *arguments)
+            self.seconds[ctx] = self.seconds.get(ctx, 0.0) + time.perf_counter() - started
             return found
 
         return call
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._api, name)
+    def split(self, ctx: int) -> tuple[float, float]:
+        """Return the seconds of this context, and those of all others."""
+        own = self.seconds.get(ctx, 0.0)
+        return own, sum(self.seconds.values()) - own
 
 
 class MarkedPolicy(Policy):
@@ -76,13 +91,9 @@ class MarkedPolicy(Policy):
 
 def measure(llm: Any, drafter: Drafter, plan: Plan, text: Sequence[int], profile: cProfile.Profile | None) -> Any:
     """Return (loop, drafting) in seconds for every step, float64 [steps, 2], both without native evaluations."""
-    policy = MarkedPolicy(plan)
-    loop = Loop(llm, llm._loop.target, drafter, policy, llm._loop.union)
-    target = TimedLibrary(loop.target._api)
-    head = getattr(drafter, "_head", None)
-    drafting = TimedLibrary(head._api) if head is not None else target
-    policy.clocks = lambda: (target.seconds, loop.statistics.draft_seconds, drafting.seconds if head is not None else 0)
-    plain_api: Any = loop.target._api
+    policy, clock = MarkedPolicy(plan), NativeClock()
+    loop = Loop(llm, llm.loop.target, drafter, policy, llm.loop.union)
+    policy.clocks = lambda: (*clock.split(loop.target.ctx), loop.statistics.draft_seconds)
     at = PROMPT
 
     def follow(_row: int, logits: Any) -> int:
@@ -91,25 +102,15 @@ def measure(llm: Any, drafter: Drafter, plan: Plan, text: Sequence[int], profile
         at += 1
         return text[at - 1]
 
-    setattr(loop.target, "_api", target)  # noqa: B010
-    if head is not None:
-        head._api = drafting
-    if profile is not None:
-        profile.enable()
-    for _ in itertools.islice(loop.run(text[:PROMPT], Sampling(follow)), len(text) - PROMPT - 32):
-        pass
-    if profile is not None:
-        profile.disable()
-    loop.target._api = plain_api
-    if head is not None:
-        head._api = plain_api
-    step, native, draft, head_native = np.diff(np.array(policy.marks), axis=0).T  # each [steps]
-    return np.stack([step - native - draft, draft - head_native], axis=1)
+    with clock, profile or contextlib.nullcontext():
+        for _ in itertools.islice(loop.run(text[:PROMPT], Sampling(follow)), len(text) - PROMPT - 32):
+            pass
+    step, native, drafter_native, draft = np.diff(np.array(policy.marks), axis=0).T  # each [steps]
+    return np.stack([step - native - draft, draft - drafter_native], axis=1)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Measure every plan, print table, profile and one line of JSON."""
-    args = _parser().parse_args(argv)
     import blockffn
     from blockffn.eval.environment import environment
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append({"draft": name} | figures(1e3 * measure(llm, drafter, plan, tokens, None)))
             rows[-1]["aim_ms"] = AIMS.get(name.split()[0])
             print(LINE.format(**rows[-1]))
-    for name, plan in (("chain 4", PLANS["chain 4"]), ("tree 32", PLANS["tree 32"])):
+    for name, plan in (("chain 4", PLANS["chain 4"]), ("tree 31", PLANS["tree 31"])):
         profile = cProfile.Profile()
         steps = len(measure(llm, open_drafter(llm, tokens, plan.tree, args.head), plan, tokens, profile))
         show(name, profile, steps)
@@ -142,8 +143,8 @@ def open_drafter(llm: Any, tokens: Sequence[int], tree: bool, head: str | None) 
     if head is not None:
         drafter: Any = blockffn.EagleDrafter(head, llm, tree=tree)
     else:
-        drafter = GuessingDrafter(tokens, ACCEPTANCE, llm.n_vocab())
-        drafter.can_tree, drafter.max_nodes = tree, drafter.max_nodes if tree else drafter.max_chain
+        branch, nodes = (CHILDREN, 31) if tree else (1, 16)
+        drafter = ScriptedDrafter(tokens, ACCEPTANCE, llm.n_vocab(), 0, branch, nodes, by_place=True)
     llm.set_up_speculation(drafter)
     return drafter
 
@@ -165,14 +166,9 @@ def show(name: str, profile: cProfile.Profile, steps: int) -> None:
         print(f"  {1e3 * own / steps:7.3f}  {calls / steps:7.1f} calls  {place}{function}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="the time of the Python loop of speculative decoding")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench loop`."""
     add_model_arguments(parser)
     parser.add_argument("--head", metavar="H.gguf", help="draft with this EAGLE head")
     parser.add_argument("--tokens", type=count, default=800, metavar="N", help="of the text (default: 800)")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -91,6 +91,12 @@ class Speculative:
             policy = Policy(*limits(used), PLAIN if drafter is None else plan)
             self._loop = Loop(self, target, used, policy, _union_counter(self))
 
+    @property
+    def loop(self) -> Loop:
+        """The draft and verify loop, for experiments: its target, drafter, policy and statistics."""
+        assert self._loop is not None
+        return self._loop
+
     def speculation(self) -> dict[str, Any]:
         """Return the statistics of the last generation (see blockffn.speculative.stats)."""
         return self._running().statistics.as_dict()
