@@ -10,6 +10,7 @@ from typing import Any
 
 from blockffn.convert import config_blockffn, config_deco
 from blockffn.convert.checkpoint import Checkpoint
+from blockffn.convert.fields import shown
 from blockffn.convert.model_config import ModelConfig
 from blockffn.errors import BlockffnError
 
@@ -37,8 +38,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
             "with llama.cpp's own convert_hf_to_gguf.py"
         )
     raise BlockffnError(
-        f"config.json: architectures: expected {OURS}, found {name!r}; other models are converted with llama.cpp's "
-        "own convert_hf_to_gguf.py"
+        f"config.json: architectures: expected {OURS}, found {shown(name)}; other models are converted with "
+        "llama.cpp's own convert_hf_to_gguf.py"
     )
 
 
@@ -47,5 +48,5 @@ def _architecture(config: dict[str, Any]) -> str | None:
     if names is None:
         return None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise BlockffnError(f"config.json: architectures: expected a list of one class name, found {names!r}")
+        raise BlockffnError(f"config.json: architectures: expected a list of one class name, found {shown(names)}")
     return str(names[0])

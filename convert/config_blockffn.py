@@ -23,8 +23,9 @@ from blockffn.convert.config_common import (
     read_rope,
     read_token_ids,
     read_vocab_size,
+    refuse_other_meanings,
 )
-from blockffn.convert.fields import Fields
+from blockffn.convert.fields import Fields, shown
 from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
 from blockffn.convert.tensor_names import BMTRAIN, HF
 from blockffn.errors import BlockffnError
@@ -35,6 +36,7 @@ NORMS = {"rms": "rms", "sum": "sum", "none": "none"}
 OPTIONAL = (
     "attention_type", "num_key_value_heads", "hidden_act", "router_act", "num_shared_experts", "norm_after_router",
     "norm_scale", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters",
 )  # fmt: skip
 UNUSED = (
     "moe_top_k",
@@ -55,6 +57,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
 def read_bmtrain(checkpoint: Checkpoint) -> ModelConfig:
     """Read the config.json of a BMTrain training run; its keys are translated into the Hugging Face names first."""
     own = Fields(checkpoint.config, "config.json", checkpoint.note)
+    refuse_other_meanings(own)
     values = _translate_bmtrain(checkpoint, own)
     own.check_unknown(BMTRAIN_HARMLESS, ())
     return _read(checkpoint, Fields(values, "config.json (translated from BMTrain names)", checkpoint.note), BMTRAIN)
@@ -65,10 +68,9 @@ def _read(checkpoint: Checkpoint, fields: Fields, names: dict[str, str]) -> Mode
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     check_heads(fields, hidden, heads)
     n_layer = _layers(checkpoint, fields, names["layer"].removesuffix("{i}."))
-    for key in ("attention_bias", "mlp_bias", "qk_norm", "attention_out_bias"):
-        fields.refuse(key, (False,), "biases and query/key norms are not part of BlockFFN")
+    refuse_other_meanings(fields)
     n_ctx = fields.integer("max_position_embeddings", 4096)
-    scaling, factor = read_rope(fields, n_ctx)
+    rope_base, scaling, factor = read_rope(fields, n_ctx)
     rms_eps = fields.number("rms_norm_eps", 1e-6)
     moe = _read_moe(checkpoint, fields, family, rms_eps)
     bos, eos, pad = read_token_ids(fields)
@@ -84,7 +86,7 @@ def _read(checkpoint: Checkpoint, fields: Fields, names: dict[str, str]) -> Mode
         head_dim=hidden // heads,
         n_ctx_train=n_ctx,
         rms_eps=rms_eps,
-        rope_base=fields.number("rope_theta", 10000.0),
+        rope_base=rope_base,
         rope_scaling=scaling,
         rope_factor=factor,
         embedding_scale=fields.number("scale_emb"),
@@ -123,7 +125,7 @@ def _v_head_dim(fields: Fields, head_dim: int, trained: bool) -> int:
         return fields.integer("v_head_dim")
     if fields.values["v_head_dim"] != head_dim:
         fields.note(
-            f"v_head_dim = {fields.values['v_head_dim']} is stale: the authors' code uses hidden_size / "
+            f"v_head_dim = {shown(fields.values['v_head_dim'])} is stale: the authors' code uses hidden_size / "
             f"num_attention_heads = {head_dim}"
         )
     return head_dim
@@ -235,7 +237,8 @@ BMTRAIN_NAMES = {
     "num_shared_experts": "num_shared_experts", "moe_routing_strategy": "moe_routing_strategy",
     "router_activate_fn": "router_act", "dim_ff": "intermediate_size",
     "max_position_embeddings": "max_position_embeddings",
-    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "qk_norm": "qk_norm", "bos_token_id": "bos_token_id",
+    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "rope_parameters": "rope_parameters",
+    "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id", "dim_v_head": "v_head_dim",
 }  # fmt: skip
 
@@ -243,6 +246,9 @@ BMTRAIN_NAMES = {
 def _translate_bmtrain(checkpoint: Checkpoint, own: Fields) -> dict[str, Any]:
     """Return the Hugging Face view of a BMTrain configuration (the mapping of the authors' conversion script)."""
     values = {new: own.values[old] for old, new in BMTRAIN_NAMES.items() if own.has(old)}
+    if not own.has("tie_lm_head"):
+        own.note("config.json has no tie_lm_head; BMTrain's code then uses False")
+        values["tie_word_embeddings"] = False
     act = "ffn_activate_fn" if own.has("ffn_activate_fn") else "activate_fn"
     if own.has(act):
         values["hidden_act"] = own.values[act]

@@ -16,14 +16,14 @@ from typing import Any
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.config_common import (
     HARMLESS,
-    check_heads,
     count_layers,
     model_name,
     read_rope,
     read_token_ids,
     read_vocab_size,
+    refuse_other_meanings,
 )
-from blockffn.convert.fields import Fields
+from blockffn.convert.fields import Fields, shown
 from blockffn.convert.model_config import ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 
@@ -33,25 +33,11 @@ EXPERT_ACTS = {
 }  # fmt: skip
 ROUTER_NORMS = {"simple": "none", "null": "none", "rms": "rms", "normal": "normal"}
 BIAS_METHODS = {"base": "base", "rms": "rms"}
-ROUTER_TYPES = (None, "", "blockffn", "relu", "deco")
 UNUSED = (  # read by other routers of the training framework, or asserted only
     "expert_act_norm_type", "expert_act_norm_init_var", "moe_router_pre_softmax", "moe_router_topk", "moe_router_topp",
     "moe_router_score_function", "moe_router_topk_scaling_factor", "router_target_act_ratio", "moe_aux_loss_coeff",
     "moe_use_target_for_loss_free", "moe_expert_bias_update_method", "mup_denominator",
 )  # fmt: skip
-# Keys of the training framework and of Hugging Face that would change the numbers; the values that change nothing.
-NOT_DECO: dict[str, tuple[Any, ...]] = {
-    "layernorm_zero_centered_gamma": (False,), "apply_residual_connection_post_layernorm": (False,),
-    "rotary_interleaved": (False,), "position_embedding_type": ("rope",), "use_rope_scaling": (False,),
-    "rotary_seq_len_interpolation_factor": (1, 1.0), "rotary_percent": (1, 1.0), "partial_rotary_factor": (1, 1.0),
-    "multi_latent_attention": (False,), "sliding_window": (), "window_size": (), "softmax_scale": (),
-    "attention_bias": (False,), "mlp_bias": (False,), "add_bias_linear": (False,), "add_qkv_bias": (False,),
-    "qk_layernorm": (False,), "attention_output_gate": (False,), "attn_logit_softcapping": (),
-    "final_logit_softcapping": (), "normalization": ("RMSNorm",), "moe_apply_probs_on_input": (False,),
-    "moe_shared_expert_gate": (False,),
-    "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0), "attention_multiplier": (),
-    "logits_scaling": (1, 1.0),
-}  # fmt: skip
 ROUTING = ("router_", "expert_", "moe_")  # how keys begin whose meaning should be known
 MUP = ("scale_emb", "scale_depth", "dim_model_base")  # of the base model; mean nothing unless use_mup is true
 KNOWN = (
@@ -67,7 +53,8 @@ KNOWN = (
 )  # fmt: skip
 
 OPTIONAL = (
-    "rope_theta", "rope_scaling", "tie_word_embeddings", "router_norm_fixed", "router_norm_scalar", "moe_layer_freq",
+    "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings", "router_norm_fixed", "router_norm_scalar", "moe_layer_freq",
     "expert_not_gated", "moe_shared_expert_intermediate_size", "hidden_act", "head_dim",
 )  # fmt: skip
 
@@ -75,14 +62,15 @@ OPTIONAL = (
 def read(checkpoint: Checkpoint) -> ModelConfig:
     """Read a DECO config.json, each doubtful key checked against the tensors."""
     fields = Fields(checkpoint.config, "config.json", checkpoint.note)
-    _refuse_other_meanings(fields)
+    refuse_other_meanings(fields)
+    _refuse_other_layers(checkpoint, fields)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = _head_dim(checkpoint, fields, hidden, heads)
     n_layer = _believe(fields, "num_layers", "num_hidden_layers", count_layers(checkpoint, "model.layers."), "layers")
     kv_rows = _rows(checkpoint, "model.layers.0.self_attn.k_proj.weight")
     n_ctx = fields.integer("max_position_embeddings")
-    scaling, factor = read_rope(fields, n_ctx)
-    eps = _agreed(fields, "norm_epsilon", "rms_norm_eps")
+    rope_base, scaling, factor = read_rope(fields, n_ctx, ("rotary_base", "rope_theta"))
+    eps = _norm_eps(fields)
     is_moe = _moe_layers(checkpoint, fields, n_layer)
     bos, eos, pad = read_token_ids(fields)
     config = ModelConfig(
@@ -96,7 +84,7 @@ def read(checkpoint: Checkpoint) -> ModelConfig:
         head_dim=head_dim,
         n_ctx_train=n_ctx,
         rms_eps=eps,
-        rope_base=_agreed(fields, "rotary_base", "rope_theta", 10000.0),
+        rope_base=rope_base,
         rope_scaling=scaling,
         rope_factor=factor,
         embedding_scale=1.0,
@@ -125,7 +113,7 @@ def parse_layer_freq(value: Any) -> list[int]:
     [0, 1, 1, 1]
     """
     expected = "a list of 0 and 1, or an expression of such lists with + and *, like '[0]*1+[1]*26'"
-    error = BlockffnError(f"config.json: moe_layer_freq: expected {expected}, found {value!r}; correct the file")
+    error = BlockffnError(f"config.json: moe_layer_freq: expected {expected}, found {shown(value)}; correct the file")
 
     def walk(node: ast.expr) -> list[int] | int:
         if isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= 10_000:
@@ -154,7 +142,7 @@ def parse_layer_freq(value: Any) -> list[int]:
     return value
 
 
-def _refuse_other_meanings(fields: Fields) -> None:
+def _refuse_other_layers(checkpoint: Checkpoint, fields: Fields) -> None:
     fields.refuse("use_blockffn", (True,), "false is another kind of expert layer, which this converter does not know")
     fields.refuse(
         "use_mup", (False,), "true scales embeddings, residuals and logits in ways the published models do not use"
@@ -167,10 +155,11 @@ def _refuse_other_meanings(fields: Fields) -> None:
         )
     if scales:
         fields.note(f"not believed, as use_mup is false: {', '.join(scales)}")
-    fields.refuse("router_type", ROUTER_TYPES, "another router computes other scores")
+    if fields.has("router_type"):
+        if not fields.has("use_blockffn") and not any(".mlp.moe_router." in name for name in checkpoint.tensors):
+            fields.wrong("router_type", "no such key, or use_blockffn true, which replaces the layer that reads it")
+        fields.note(f"router_type = {shown(fields.values['router_type'])} is not read by a BlockFFN layer")
     fields.refuse("moe_router_dtype", ("fp32", "float32"), "router scores are computed in float32")
-    for key, allowed in NOT_DECO.items():
-        fields.refuse(key, allowed or (None,), "anything else computes something that is not part of DECO")
 
 
 def _warn_of_unknown_routing(fields: Fields) -> None:
@@ -181,7 +170,7 @@ def _warn_of_unknown_routing(fields: Fields) -> None:
     for key in set(unknown) - set(close):
         fields.asked.add(key)
     if len(unknown) > len(close):
-        given = ", ".join(f"{key} = {fields.values[key]!r}" for key in unknown if key not in close)
+        given = ", ".join(f"{key} = {shown(fields.values[key])}" for key in unknown if key not in close)
         fields.note(
             f"WARNING: {fields.file}: unknown keys about the experts were not applied: {given}; where one of them "
             "changes the forward pass, this conversion computes another model"
@@ -217,28 +206,27 @@ def _rows(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _head_dim(checkpoint: Checkpoint, fields: Fields, hidden: int, heads: int) -> int:
+    """Size of one head: the rows of q_proj decide, for head_dim may be left from a base model."""
     rows = _rows(checkpoint, "model.layers.0.self_attn.q_proj.weight")
+    if rows % heads:
+        fields.wrong("num_attention_heads", f"a divisor of {rows}, the rows of q_proj")
     for key in ("head_dim", "kv_channels"):
-        if fields.has(key):
-            if fields.integer(key) * heads != rows:
-                fields.wrong(key, f"{rows / heads:g} (q_proj has {rows} rows for num_attention_heads = {heads})")
-            return fields.integer(key)
-    check_heads(fields, hidden, heads)
-    return hidden // heads
+        if fields.has(key) and fields.values[key] != rows // heads:
+            fields.note(
+                f"{key} = {shown(fields.values[key])} not believed: q_proj has {rows} rows for {heads} heads, so the "
+                f"size of a head is {rows // heads}"
+            )
+    return rows // heads
 
 
-def _agreed(fields: Fields, framework_key: str, key: str, default: float | None = None) -> float:
-    """Two keys name one number that no shape shows: both must say the same where both are there."""
-    if not fields.has(framework_key):
-        return fields.number(key) if default is None else fields.number(key, default)
-    value = fields.number(framework_key)
-    if fields.has(key) and fields.number(key) != value:
-        raise BlockffnError(
-            f"config.json: {framework_key} = {value:g} and {key} = {fields.values[key]:g} contradict each other, and "
-            f"no tensor shape can tell which is true; remove the wrong one ({framework_key} is the training "
-            "framework's)"
-        )
-    return value
+def _norm_eps(fields: Fields) -> float:
+    """Eps of the norms: norm_epsilon of the training framework is true, rms_norm_eps is a base model's."""
+    if not fields.has("norm_epsilon"):
+        return fields.number("rms_norm_eps")
+    eps = fields.number("norm_epsilon")
+    if fields.has("rms_norm_eps") and fields.values["rms_norm_eps"] != eps:
+        fields.note(f"believed norm_epsilon = {eps:g} and not rms_norm_eps = {shown(fields.values['rms_norm_eps'])}")
+    return eps
 
 
 def _moe_layers(checkpoint: Checkpoint, fields: Fields, n_layer: int) -> list[int]:

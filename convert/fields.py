@@ -8,12 +8,30 @@ fields.choice("router_act", {"relu": "relu"}, default="relu")    # notes that th
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from blockffn.errors import BlockffnError
 
 _REQUIRED: Any = object()
+LARGEST_INTEGER = 2**31 - 1  # llama.cpp keeps sizes and counts in 32 bits
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """Return a value as one short line, however long, deep or wide it is."""
+    return _SHORT.repr(value)
+
+
+def fits_f32(value: float) -> bool:
+    """True when the number survives in float32, the type of every GGUF number: finite, and not rounded to 0."""
+    if value != value or abs(value) > float(np.finfo(np.float32).max):
+        return False
+    return value == 0 or abs(value) >= float(np.finfo(np.float32).tiny)
 
 
 class Fields:
@@ -45,26 +63,23 @@ class Fields:
         return default
 
     def integer(self, key: str, default: Any = _REQUIRED, low: int = 1) -> int:
-        """Return an integer >= low."""
+        """Return an integer >= low that 32 bits can hold."""
         value = self.get(key, f"an integer >= {low}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            if not (isinstance(value, float) and value.is_integer() and value >= low):
-                self.wrong(key, f"an integer >= {low}")
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or value < low:
+            self.wrong(key, f"an integer >= {low}")
+        if value > LARGEST_INTEGER:
+            self.wrong(key, f"an integer up to {LARGEST_INTEGER}")
         return int(value)
 
     def number(self, key: str, default: Any = _REQUIRED, positive: bool = True) -> float:
         """Return a finite number, positive unless told otherwise."""
         expected = "a positive number" if positive else "a number"
         value = self.get(key, expected, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value != value
-            or abs(value) == float("inf")
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or (positive and value <= 0):
             self.wrong(key, expected)
-        if positive and value <= 0:
-            self.wrong(key, expected)
+        if not fits_f32(value):
+            self.wrong(key, f"{expected} that float32 can hold")
         return float(value)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
@@ -89,7 +104,7 @@ class Fields:
     def wrong(self, key: str, expected: str) -> None:
         """Raise the error of a wrong value."""
         raise BlockffnError(
-            f"{self.file}: {key}: expected {expected}, found {self.values.get(key)!r}; correct the file"
+            f"{self.file}: {key}: expected {expected}, found {shown(self.values.get(key))}; correct the file"
         )
 
     def check_unknown(self, harmless: Iterable[str], optional: Iterable[str]) -> None:
@@ -101,10 +116,12 @@ class Fields:
             if close:
                 raise BlockffnError(f"{self.file}: unknown key {key}; did you mean {close[0]}? Rename or remove it")
         if leftover:
-            self.note(f"{self.file}: keys without influence on the model: {', '.join(sorted(leftover))}")
+            self.note(f"{self.file}: keys that are not read: {', '.join(sorted(leftover))}")
 
 
 def suggest(value: Any, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` or an empty string."""
-    close = difflib.get_close_matches(str(value), list(known), 1, 0.75)
+    if not isinstance(value, str) or len(value) > 100:
+        return ""
+    close = difflib.get_close_matches(value, list(known), 1, 0.75)
     return f" (did you mean {close[0]}?)" if close else ""

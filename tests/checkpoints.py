@@ -317,7 +317,7 @@ def _deco_configuration(shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["BlockFFNForCausalLM"], "model_type": "blockffn", "vocab_size": shape.n_vocab,
         "hidden_size": shape.n_embd, "num_hidden_layers": 32, "num_key_value_heads": 2, "intermediate_size": 10240,
-        "rms_norm_eps": 1e-5, "num_attention_heads": shape.n_head, "head_dim": shape.head_dim, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "num_attention_heads": shape.n_head, "head_dim": shape.head_dim, "hidden_act": "silu",
         "max_position_embeddings": shape.n_ctx, "rope_theta": 10000.0, "tie_word_embeddings": shape.tied,
         "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 2, "torch_dtype": "bfloat16",
         "num_layers": shape.n_layer, "num_query_groups": shape.kv_heads, "ffn_hidden_size": shape.n_ff,
@@ -330,7 +330,7 @@ def _deco_configuration(shape: Shape) -> dict[str, Any]:
         "router_norm_init_var": 0.75, "expert_act_func": shape.act, "expert_act_norm_type": "normal",
         "expert_not_gated": not shape.gated, "moe_router_enable_expert_bias": shape.bias != "none",
         "moe_expert_bias_apply_method": shape.bias if shape.bias != "none" else "base", "use_mup": False,
-        "router_type": None,
+        "router_type": "topk",
     }  # fmt: skip
 
 

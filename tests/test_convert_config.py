@@ -103,9 +103,45 @@ def test_dynamic_rope_names_its_limit(tmp_path: Path) -> None:
     assert "up to 256 tokens of context, not beyond" in notes
 
 
-def test_keys_without_influence_are_named(tmp_path: Path) -> None:
+ROPE_5 = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize("family", [{}, DECO], ids=["blockffn", "deco"])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_parameters": ROPE_5, "rope_theta": None}, (5e5, "linear", 4.0)),
+        ({"rope_parameters": ROPE_5, "rope_theta": 5e5, "rope_scaling": ROPE_5}, (5e5, "linear", 4.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 7e3}, "rope_theta": None}, (7e3, "linear", 2)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": None}, (5e5, "none", 1.0)),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0}, "rope_theta": None}, (5e5, "none", 1)),
+        ({"rope_parameters": {}, "rope_theta": 9e4}, (9e4, "none", 1.0)),
+    ],
+)  # fmt: skip
+def test_rope_parameters(
+    tmp_path: Path, family: dict[str, Any], config: dict[str, Any], expected: tuple[float, str, float]
+) -> None:
+    """What transformers 5 saves in place of rope_theta and rope_scaling."""
+    found, notes = read(tmp_path, **family, config=config)
+    assert (found.rope_base, found.rope_scaling, found.rope_factor) == expected
+    assert "rope_" not in notes
+
+
+def test_unread_rope_settings_are_named(tmp_path: Path) -> None:
+    _, notes = read(tmp_path, config={"rope_parameters": ROPE_5 | {"beta_fast": 32}, "rope_theta": None})
+    assert "keys that are not read: rope_parameters.beta_fast" in notes
+
+
+def test_unread_keys_are_named(tmp_path: Path) -> None:
+    """The note says what was not read; whether it matters, the converter cannot know."""
     _, notes = read(tmp_path, config={"favourite_colour": "blue"})
-    assert "favourite_colour" in notes
+    assert "keys that are not read: favourite_colour" in notes and "influence" not in notes
+
+
+def test_training_files_are_untied_by_default(tmp_path: Path) -> None:
+    """BMTrain's own default; that of the Hugging Face class is true."""
+    config, notes = read(tmp_path, layout="bmtrain", config={"tie_lm_head": None})
+    assert not config.tied and "no tie_lm_head; BMTrain's code then uses False" in notes
 
 
 def test_deco_believes_the_keys_that_shapes_confirm(tmp_path: Path) -> None:
@@ -148,7 +184,28 @@ def test_deco_names_unknown_keys_about_routing(tmp_path: Path) -> None:
     assert (
         "WARNING: config.json: unknown keys about the experts were not applied: moe_router_temperature = 0.5" in notes
     )
-    assert "without influence on the model: favourite_colour" in notes
+    assert "keys that are not read: favourite_colour" in notes
+
+
+def test_deco_router_type_is_not_read(tmp_path: Path) -> None:
+    """The authors' exporter writes the default of the training framework's other router, which is replaced."""
+    for value in ("topk", "anything"):
+        _, notes = read(tmp_path / value, **DECO, config={"router_type": value, "use_blockffn": None})
+        assert f"router_type = '{value}' is not read by a BlockFFN layer" in notes
+
+
+def test_deco_believes_the_eps_of_the_training_framework(tmp_path: Path) -> None:
+    config, notes = read(tmp_path, **DECO, config={"norm_epsilon": 1e-5, "rms_norm_eps": 1e-6})
+    assert config.rms_eps == 1e-5 and config.moe is not None and config.moe.activation_eps == 1e-5
+    assert "believed norm_epsilon = 1e-05 and not rms_norm_eps = 1e-06" in notes
+    config, _ = read(tmp_path, **DECO, config={"norm_epsilon": None, "rms_norm_eps": 1e-6})
+    assert config.rms_eps == 1e-6
+
+
+@pytest.mark.parametrize("key", ["head_dim", "kv_channels"])
+def test_deco_head_size_follows_from_the_tensor(tmp_path: Path, key: str) -> None:
+    config, notes = read(tmp_path, **DECO, config={key: 128})
+    assert config.head_dim == 16 and f"{key} = 128 not believed: q_proj has 64 rows for 4 heads" in notes
 
 
 def test_deco_without_the_bias_key(tmp_path: Path) -> None:
