@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from blockffn.convert.fields import shown
 from blockffn.convert.pickles import PickleFile
 from blockffn.errors import BlockffnError
 
@@ -33,6 +34,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": BF16,
 }
+JSON_BYTES = 128 << 20  # the largest JSON file read: a tokenizer.json of 250,000 tokens has 20 MB
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 
 
@@ -114,10 +117,22 @@ def read_json(path: Path, cure: str) -> Any:
     """Parse a JSON file, with an error that names the file, the line and the cure."""
     if not path.is_file():
         raise BlockffnError(f"{path}: file not found; {cure}")
+    if path.stat().st_size > JSON_BYTES:
+        raise BlockffnError(f"{path}: expected at most {JSON_BYTES >> 20} MiB; restore the original file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise BlockffnError(f"{path}: not valid JSON ({error}); restore the original file") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BlockffnError(f"{path}: expected UTF-8 text ({error}); restore the original file") from error
+    except OSError as error:
+        raise BlockffnError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _locate(source: str | Path) -> Path:
@@ -128,7 +143,7 @@ def _locate(source: str | Path) -> Path:
         raise BlockffnError(
             f"{source}: expected a checkpoint folder, found a file; name the folder with its config.json"
         )
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
+    if re.fullmatch(HUB_ID, str(source)):
         return _download(str(source))
     raise BlockffnError(f"{source}: no such folder, and not a hub id of the form owner/name")
 
@@ -142,7 +157,7 @@ def _download(repository: str) -> Path:
             f"{repository}: no such folder; to fetch it from the hub, install huggingface_hub: pip install "
             "'blockffn[hub]'"
         ) from error
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "*.jinja", "freq_*.pkl", "README.md"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the library raises many kinds: network, name, permission, disk
@@ -179,13 +194,12 @@ def _find_files(folder: Path, notes: list[str]) -> tuple[list[Path], Path | None
 
 
 def _indexed_files(folder: Path, index: Path, found: list[Path]) -> list[Path]:
-    weight_map = read_json(index, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BlockffnError(f"{index}: expected an object weight_map (tensor: file), found {type(weight_map).__name__}")
-    listed = sorted({str(name) for name in weight_map.values()})
+    listed = sorted(set(_weight_map(index).values()))
     for name in listed:
-        if Path(name).name != name:
-            raise BlockffnError(f"{index.name}: weight_map names {name}; expected a file of the same folder")
+        if Path(name).name != name or Path(name).suffix != _suffix(index):
+            raise BlockffnError(
+                f"{index.name}: weight_map names {shown(name)}; expected a file *{_suffix(index)} of the same folder"
+            )
         if not (folder / name).is_file():
             raise BlockffnError(f"{index.name}: shard {name} is missing from {folder}; download it again")
     unknown = sorted({file.name for file in found} - set(listed))
@@ -195,6 +209,26 @@ def _indexed_files(folder: Path, index: Path, found: list[Path]) -> list[Path]:
             "belongs to"
         )
     return [folder / name for name in listed]
+
+
+def _suffix(index: Path) -> str:
+    """The suffix of the weight files that an index lists."""
+    return ".safetensors" if index.name.startswith("model.") else ".bin"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor -> file of an index."""
+    content = read_json(index, "")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else content
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) and name for name in weight_map.values())
+    ):
+        raise BlockffnError(
+            f"{index}: expected an object weight_map (tensor: file), found {shown(weight_map)}; restore the file"
+        )
+    return weight_map
 
 
 def _check_numbering(files: list[Path]) -> None:
@@ -211,13 +245,13 @@ def _check_numbering(files: list[Path]) -> None:
 
 
 def _check_index(index: Path, checkpoint: Checkpoint) -> None:
-    weight_map = read_json(index, "")["weight_map"]
+    weight_map = _weight_map(index)
     for name, file in weight_map.items():
         info = checkpoint.tensors.get(name)
         if info is None or info.file.name != file:
             where = "nowhere" if info is None else f"in {info.file.name}"
             raise BlockffnError(
-                f"{index.name}: {name}: expected in {file}, found {where}; the shard and the index differ"
+                f"{index.name}: {shown(name)}: expected in {file}, found {where}; the shard and the index differ"
             )
     for name, info in checkpoint.tensors.items():
         if name not in weight_map:

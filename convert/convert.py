@@ -21,12 +21,12 @@ from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.config import read_config
 from blockffn.convert.fields import suggest
-from blockffn.convert.metadata import SOURCE_SHA256, model_metadata, read_overrides
+from blockffn.convert.metadata import SOURCE_SHA256, check_values, model_card, model_metadata, read_overrides
 from blockffn.convert.model_config import ModelConfig
 from blockffn.convert.plan import OUTTYPES, PlannedTensor, choose_outtype, plan_tensors
 from blockffn.convert.report import ConvertReport
 from blockffn.convert.tensor_map import map_tensors
-from blockffn.convert.vocab import TOKENIZER_FILES, read_vocab
+from blockffn.convert.vocab import MORE_TEMPLATES, TOKENIZER_FILES, read_vocab
 from blockffn.errors import BlockffnError
 from blockffn.gguf_contract import EXPERT_LAYOUTS
 
@@ -59,7 +59,10 @@ def convert_checkpoint(
     vocab = read_vocab(checkpoint, config)
     kind = choose_outtype(outtype, checkpoint)
     plan = plan_tensors(checkpoint, config, sources, kind, layout)
-    values = model_metadata(config, layout, kind) | _origin(checkpoint, config, plan) | overrides
+    values = model_metadata(config, layout, kind) | _origin(checkpoint, config, plan)
+    values |= model_card(checkpoint) | overrides | vocab.metadata()
+    check_values(values)
+    _check_not_source(checkpoint, target)
     report = ConvertReport(
         source=str(src),
         name=config.name,
@@ -78,7 +81,7 @@ def convert_checkpoint(
     with _Digest(checkpoint) as digest:
         report.files = writer.write_gguf(
             target,
-            values | vocab.metadata(),
+            values,
             report.tensors,
             split_max_size=split_max_size,
             digest=digest.result,
@@ -107,14 +110,28 @@ def _origin(checkpoint: Checkpoint, config: ModelConfig, plan: list[PlannedTenso
     return values
 
 
+def _source_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return name -> path of every file that a conversion reads, ordered by name."""
+    extra = [checkpoint.folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    extra += (checkpoint.folder / MORE_TEMPLATES).glob("*.jinja")
+    files = {*checkpoint.files, *(file for file in extra if file.is_file())}
+    return dict(sorted((file.relative_to(checkpoint.folder).as_posix(), file) for file in files))
+
+
+def _check_not_source(checkpoint: Checkpoint, target: Path) -> None:
+    """Writing must not replace what is being read."""
+    for name, file in _source_files(checkpoint).items():
+        if target.exists() and target.samefile(file):
+            raise BlockffnError(
+                f"{target}: expected a file to write, found {name} of the checkpoint; choose another name"
+            )
+
+
 class _Digest:
     """SHA-256 over the lines that `sha256sum` prints for the source files, computed beside the conversion."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        extra = [checkpoint.folder / name for name in ("config.json", *TOKENIZER_FILES)]
-        self.files = sorted(
-            {*checkpoint.files, *(file for file in extra if file.is_file())}, key=lambda file: file.name
-        )
+        self.files = _source_files(checkpoint)
         self.stop = False
 
     def __enter__(self) -> _Digest:
@@ -133,10 +150,10 @@ class _Digest:
 
     def _run(self) -> str:
         lines, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
-        for file in self.files:
+        for name, file in self.files.items():
             one = hashlib.sha256()
             with open(file, "rb", buffering=0) as stream:
                 while (count := stream.readinto(piece)) and not self.stop:
                     one.update(piece[:count])
-            lines.update(f"{one.hexdigest()}  {file.name}\n".encode())
+            lines.update(f"{one.hexdigest()}  {name}\n".encode("utf-8", "surrogateescape"))
         return lines.hexdigest()

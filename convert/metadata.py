@@ -7,13 +7,17 @@ A Python int becomes u32, a float f32, a str string, a bool bool, a list of ints
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_VERSION, LlamaFileType
+import numpy as np
+import yaml
+from gguf import GGML_QUANT_VERSION, Keys, LlamaFileType
 
 from blockffn import gguf_contract as names
-from blockffn.convert.checkpoint import read_json
+from blockffn.convert.checkpoint import HUB_ID, Checkpoint, read_json
+from blockffn.convert.fields import fits_f32, shown
 from blockffn.convert.model_config import ModelConfig
 from blockffn.errors import BlockffnError
 
@@ -23,8 +27,12 @@ FILE_TYPES = {
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+CARD_BYTES = 1 << 16  # of README.md that are searched for its header
 SOURCE_SHA256 = "general.source.sha256"
-RESERVED = ("general.architecture", "general.file_type", "general.quantization_version", "general.type", SOURCE_SHA256)
+RESERVED = (
+    "general.architecture", "general.file_type", "general.quantization_version", "general.type", "general.alignment",
+    SOURCE_SHA256,
+)  # fmt: skip
 
 
 def model_metadata(config: ModelConfig, layout: str, outtype: str) -> dict[str, Any]:
@@ -48,17 +56,92 @@ def read_overrides(path: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BlockffnError(f"{path}: expected a JSON object of general.* keys, found {type(values).__name__}")
     for key, value in values.items():
-        if not key.startswith("general.") or key in RESERVED:
+        if not re.fullmatch(r"general(\.[A-Za-z0-9_-]{1,50}){1,5}", key) or key in RESERVED:
             raise BlockffnError(
-                f"{path}: {key}: expected a descriptive general.* key, such as general.name or general.license; what "
-                "carries weight is read from the checkpoint only"
+                f"{path}: {shown(key)}: expected a descriptive general.* key, such as general.name or "
+                "general.license; what carries weight is read from the checkpoint only"
             )
         texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-        if not isinstance(value, str | int | float | bool) and not texts:
-            raise BlockffnError(
-                f"{path}: {key}: expected a string, number, truth value or list of strings, found {value!r}"
-            )
+        name_wrong = key == "general.name" and not isinstance(value, str)
+        if name_wrong or not (isinstance(value, str | int | float | bool) or texts):
+            expected = "a string" if name_wrong else "a string, number, truth value or list of strings"
+            raise BlockffnError(f"{path}: {key}: expected {expected}, found {shown(value)}")
     return values
+
+
+def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return licence, tags, languages and base models that the header of README.md states, as upstream's converter."""
+    try:
+        card = _front_matter(checkpoint.folder / "README.md")
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        checkpoint.note(f"README.md: the header is not read, as it is not valid YAML in UTF-8 ({reason})")
+        return {}
+
+    def texts(*keys: str) -> list[str]:
+        values = [item for key in keys for item in (card[key] if isinstance(card.get(key), list) else [card.get(key)])]
+        return [value for value in values if isinstance(value, str) and value]
+
+    values: dict[str, Any] = {
+        f"general.{key.replace('_', '.')}": ", ".join(texts(key)) for key in ("license", "license_name", "license_link")
+    }
+    values |= {Keys.General.TAGS: texts("tags", "pipeline_tag"), Keys.General.LANGUAGES: texts("language", "languages")}
+    bases = [name for name in texts("base_model") if re.fullmatch(HUB_ID, name)]
+    for i, (owner, _, name) in enumerate(base.partition("/") for base in bases):
+        values[Keys.General.BASE_MODEL_NAME.format(id=i)] = name
+        values[Keys.General.BASE_MODEL_ORGANIZATION.format(id=i)] = owner
+        values[Keys.General.BASE_MODEL_REPO_URL.format(id=i)] = f"https://huggingface.co/{owner}/{name}"
+    return {key: value for key, value in values.items() if value} | (
+        {Keys.General.BASE_MODEL_COUNT: len(bases)} if bases else {}
+    )
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """Return the YAML between the first two lines ``---``; {} where there is none."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as stream:
+        lines = stream.read(CARD_BYTES).decode("utf-8", "ignore").splitlines()
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return {}
+    content = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+    return content if isinstance(content, dict) else {}
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Raise unless every value fits the type that a GGUF file gives it (see `writer.add_value`)."""
+    for key, value in values.items():
+        if isinstance(value, bytes | bool):
+            continue
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        whole = isinstance(value, int)
+        wrong = _first_wrong(items, 0 if whole else -(2**31), 2**32 - 1 if whole else 2**31 - 1)
+        if wrong is not None:
+            kind = {str: "valid Unicode text", float: "a number that float32 can hold"}.get(type(wrong))
+            expected = kind or f"an integer from {'0 to 2^32 - 1' if whole else '-2^31 to 2^31 - 1'}"
+            raise BlockffnError(f"{key}: expected {expected}, found {shown(wrong)}; correct the file it comes from")
+
+
+def _first_wrong(items: list[Any], low: int, high: int) -> Any:
+    """Return the first item that does not fit, None where all do; whole arrays are tried first, as they are long."""
+    if all(type(item) is str for item in items):
+        try:
+            "".join(items).encode()
+            return None
+        except UnicodeEncodeError:
+            return next(item for item in items if any(0xD800 <= ord(letter) < 0xE000 for letter in item))
+    if all(type(item) is float for item in items):
+        sizes = np.abs(np.asarray(items))
+        limits = np.finfo(np.float32)
+        if bool(((sizes == 0) | ((sizes >= limits.tiny) & (sizes <= limits.max))).all()):
+            return None
+    if all(type(item) is int for item in items) and low <= min(items, default=0) <= max(items, default=0) <= high:
+        return None
+    return next((item for item in items if not _fits(item, low, high)), None)
+
+
+def _fits(item: Any, low: int, high: int) -> bool:
+    return fits_f32(item) if isinstance(item, float) else isinstance(item, int) and low <= item <= high
 
 
 def _decoder(config: ModelConfig) -> dict[str, Any]:

@@ -208,6 +208,7 @@ def _unused(checkpoint: Checkpoint, config: ModelConfig, names: dict[str, str]) 
 
 def _check_tied(checkpoint: Checkpoint, embed: str) -> None:
     """With tied embeddings a stored head has to be the embedding itself."""
+    _check_type(checkpoint, "lm_head.weight")
     table, head = checkpoint.load(embed), checkpoint.load("lm_head.weight")
     if table.shape != head.shape or table.dtype != head.dtype or not _same(table, head):
         raise BlockffnError(

@@ -9,12 +9,14 @@ Three kinds are understood: BPE with byte fallback, which is SentencePiece BPE e
 from __future__ import annotations
 
 import base64
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gguf import Keys
 
 from blockffn.convert.checkpoint import read_json
+from blockffn.convert.fields import shown
 from blockffn.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 from blockffn.errors import BlockffnError
 
@@ -36,38 +38,75 @@ def read_tokenizer_json(path: Path) -> Parts:
     content = read_json(path, "")
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or "vocab" not in model:
-        raise BlockffnError(f"{path}: model: expected an object with a vocabulary, found {type(model).__name__}")
-    kind = model.get("type", "Unigram" if isinstance(model["vocab"], list) else "BPE")
+        _wrong(path, "model", "an object with a vocabulary", model)
+    kind = model.get("type")
+    if kind is None:
+        kind = "Unigram" if isinstance(model["vocab"], list) else "BPE"
     if kind not in ("BPE", "Unigram"):
-        raise BlockffnError(
-            f"{path}: model.type: expected BPE or Unigram, found {kind!r}; llama.cpp cannot run it here"
-        )
+        _wrong(path, "model.type", "BPE or Unigram, as llama.cpp cannot run others", kind)
+    if model.get("byte_fallback") not in (None, True, False):
+        _wrong(path, "model.byte_fallback", "true or false", model["byte_fallback"])
     if kind == "Unigram":
         parts = _unigram(path, content, model)
     elif model.get("byte_fallback"):
         parts = _sentencepiece_bpe(path, content, model)
     else:
         parts = _byte_level(path, content, model)
-    parts[4].update(_adds_bos(content))
+    parts[4].update(_adds_bos(path, content))
     return parts
 
 
-def _adds_bos(content: dict[str, Any]) -> dict[str, bool]:
+def _wrong(path: Path, where: str, expected: str, found: Any) -> NoReturn:
+    raise BlockffnError(f"{path}: {where}: expected {expected}, found {shown(found)}; restore the original file")
+
+
+def _steps(path: Path, content: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+    """Return the steps of content[name] in their order; a step that lists others under `inner` stands for them."""
+    steps, todo = [], [content.get(name)]
+    while todo:
+        step = todo.pop(0)
+        if step is None:
+            continue
+        if not isinstance(step, dict) or not isinstance(step.get(inner) or [], list):
+            _wrong(path, name, f"an object, or one with a list {inner}", step)
+        if children := step.get(inner):
+            todo = [*children, *todo]
+        else:
+            steps.append(step)
+    return steps
+
+
+def _regex(path: Path, step: dict[str, Any]) -> str | None:
+    """The regular expression of a step's pattern; None where it has none."""
+    pattern = step.get("pattern")
+    if pattern is not None and not isinstance(pattern, dict | str):
+        _wrong(path, "pattern", "an object with Regex or String", pattern)
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    return regex if isinstance(regex, str) else None
+
+
+def _adds_bos(path: Path, content: dict[str, Any]) -> dict[str, bool]:
     """A template that begins with a special token puts the begin-of-text token before every text."""
-    step = content.get("post_processor") or {}
-    for item in [step, *(step.get("processors") or [])]:
-        if item.get("type") == "TemplateProcessing" and item.get("single"):
-            return {Keys.Tokenizer.ADD_BOS: "SpecialToken" in item["single"][0]}
+    for step in _steps(path, content, "post_processor", "processors"):
+        if step.get("type") == "TemplateProcessing" and step.get("single"):
+            single = step["single"]
+            if not isinstance(single, list) or not isinstance(single[0], dict):
+                _wrong(path, "post_processor.single", "a list of objects", single)
+            return {Keys.Tokenizer.ADD_BOS: "SpecialToken" in single[0]}
     return {}
 
 
 def _table(path: Path, vocab: Any) -> list[str]:
     """Token -> id becomes a list by id; gaps (filled by added tokens later) become unused names."""
-    if not isinstance(vocab, dict) or not all(isinstance(index, int) and index >= 0 for index in vocab.values()):
-        raise BlockffnError(f"{path}: model.vocab: expected an object token: id")
-    size = 1 + max(vocab.values(), default=-1)
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    wrong = [index for index in ids if type(index) is not int or index < 0]
+    if not isinstance(vocab, dict) or wrong:
+        _wrong(path, "model.vocab", "an object token: id", wrong[0] if wrong else vocab)
+    size = 1 + max(ids, default=-1)
     if size > len(vocab) + 100_000:
-        raise BlockffnError(f"{path}: model.vocab: expected ids near {len(vocab)}, found {size - 1}")
+        _wrong(path, "model.vocab", f"ids near {len(vocab)}", size - 1)
+    if len(set(ids)) < len(ids):
+        _wrong(path, "model.vocab", "every id once", next(index for index in ids if ids.count(index) > 1))
     tokens = [f"[PAD{index}]" for index in range(size)]
     for text, index in vocab.items():
         tokens[index] = text
@@ -87,12 +126,17 @@ def _types(tokens: list[str], present: set[str], unknown: str | None) -> list[in
     return [of(text) for text in tokens]
 
 
-def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+def _merges(path: Path, model: dict[str, Any]) -> list[tuple[str, str]]:
     """Merges come as "a b" or as ["a", "b"]."""
+    listed = model.get("merges")
+    if listed is not None and not isinstance(listed, list):
+        _wrong(path, "model.merges", "a list", listed)
     pairs = []
-    for merge in model.get("merges") or []:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        pairs.append((left, right))
+    for merge in listed or []:
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            _wrong(path, "model.merges", "pairs of texts", merge)
+        pairs.append((pair[0], pair[1]))
     return pairs
 
 
@@ -100,65 +144,75 @@ def _sentencepiece_bpe(path: Path, content: dict[str, Any], model: dict[str, Any
     """Scores are minus the rank of the first merge that makes a token: llama.cpp merges the best score first."""
     tokens = _table(path, model["vocab"])
     rank: dict[str, int] = {}
-    for position, (left, right) in enumerate(_merges(model)):
+    for position, (left, right) in enumerate(_merges(path, model)):
         rank.setdefault(left + right, position)
     scores = [-float(rank[text]) if text in rank else 0.0 for text in tokens]
     types = _types(tokens, set(model["vocab"]), model.get("unk_token"))
     if BYTE not in types:
         raise BlockffnError(f"{path}: expected byte tokens <0x00> to <0xFF> (byte_fallback is set), found none")
-    values = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: _adds_prefix(content)}
+    values = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: _adds_prefix(path, content)}
     return "llama", tokens, scores, types, values
 
 
-def _adds_prefix(content: dict[str, Any]) -> bool:
-    """Whether a space is put before the text: by a Prepend normalizer, or by a Metaspace pre-tokenizer."""
-    steps = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
-    while steps:
-        step = steps.pop()
-        steps += step.get("normalizers") or step.get("pretokenizers") or []
-        if step.get("type") == "Prepend" and step.get("prepend") == "\u2581":
-            return True
+def _adds_prefix(path: Path, content: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by a Metaspace pre-tokenizer, or by a Prepend normalizer."""
+    for step in _steps(path, content, "pre_tokenizer", "pretokenizers"):
         if step.get("type") == "Metaspace":
-            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
-    return False
+            scheme = step.get("prepend_scheme")
+            if scheme not in (None, "always", "first", "never"):
+                _wrong(path, "pre_tokenizer.prepend_scheme", "always, first or never", scheme)
+            return scheme != "never" if scheme is not None else bool(step.get("add_prefix_space", True))
+    steps = _steps(path, content, "normalizer", "normalizers")
+    return any(step.get("type") == "Prepend" and step.get("prepend") == "\u2581" for step in steps)
 
 
 def _unigram(path: Path, content: dict[str, Any], model: dict[str, Any]) -> Parts:
     vocab = model["vocab"]
-    if not isinstance(vocab, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in vocab):
-        raise BlockffnError(f"{path}: model.vocab: expected a list of [token, score]")
-    tokens, scores = [str(entry[0]) for entry in vocab], [float(entry[1]) for entry in vocab]
+    if not isinstance(vocab, list):
+        _wrong(path, "model.vocab", "a list of [token, score]", vocab)
+    tokens, scores = [], []
+    for entry in vocab:
+        good = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+        if not good or isinstance(entry[1], bool) or not isinstance(entry[1], int | float):
+            _wrong(path, "model.vocab", "entries [token, score]", entry)
+        tokens.append(entry[0])
+        scores.append(float(entry[1]) if abs(entry[1]) < 1e30 else math.inf)  # inf is refused with all other values
     unknown = model.get("unk_id")
-    types = _types(tokens, set(tokens), tokens[unknown] if isinstance(unknown, int) else None)
-    values: dict[str, Any] = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: _adds_prefix(content)}
-    normalizer = content.get("normalizer") or {}
-    for step in [normalizer, *(normalizer.get("normalizers") or [])]:
+    if unknown is not None and (type(unknown) is not int or not 0 <= unknown < len(tokens)):
+        _wrong(path, "model.unk_id", f"an id below {len(tokens)}", unknown)
+    types = _types(tokens, set(tokens), None if unknown is None else tokens[unknown])
+    values: dict[str, Any] = {Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: _adds_prefix(path, content)}
+    for step in _steps(path, content, "normalizer", "normalizers"):
         if step.get("type") == "Precompiled" and step.get("precompiled_charsmap"):
-            values[Keys.Tokenizer.PRECOMPILED_CHARSMAP] = base64.b64decode(step["precompiled_charsmap"])
-        if step.get("type") == "Replace" and step.get("pattern", {}).get("Regex") == " {2,}":
+            values[Keys.Tokenizer.PRECOMPILED_CHARSMAP] = _charsmap(path, step["precompiled_charsmap"])
+        if step.get("type") == "Replace" and _regex(path, step) == " {2,}":
             values[Keys.Tokenizer.REMOVE_EXTRA_WS] = True
     return "t5", tokens, scores, types, values
 
 
+def _charsmap(path: Path, text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        _wrong(path, "normalizer.precompiled_charsmap", "base64", text)
+
+
 def _byte_level(path: Path, content: dict[str, Any], model: dict[str, Any]) -> Parts:
     """GPT-2 style BPE; llama.cpp has the splitting pattern built in and knows it by name."""
-    step = content.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers") or [step]
-    if not any(item.get("type") == "ByteLevel" for item in steps):
-        raise BlockffnError(
-            f"{path}: pre_tokenizer: expected ByteLevel for BPE without byte_fallback, found {step.get('type')!r}"
-        )
-    patterns = [str((item.get("pattern") or {}).get("Regex", "?")) for item in steps if item.get("type") == "Split"]
+    steps = _steps(path, content, "pre_tokenizer", "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    if "ByteLevel" not in kinds:
+        _wrong(path, "pre_tokenizer", "ByteLevel for BPE without byte_fallback", kinds)
+    patterns = [_regex(path, step) or "?" for step in steps if step.get("type") == "Split"]
     pattern = "".join(patterns)
-    if pattern not in PATTERNS or any(item.get("type") not in ("ByteLevel", "Split") for item in steps):
+    if pattern not in PATTERNS or any(kind not in ("ByteLevel", "Split") for kind in kinds):
         known = ", ".join(PATTERNS.values())
-        raise BlockffnError(
-            f"{path}: pre_tokenizer: expected the splitting pattern of one of {known}, found {pattern!r}; llama.cpp "
-            "would split text differently"
+        _wrong(
+            path, "pre_tokenizer", f"the splitting pattern of one of {known}, as llama.cpp knows these only", pattern
         )
     tokens = _table(path, model["vocab"])
     types = _types(tokens, set(model["vocab"]), model.get("unk_token"))
     types = [NORMAL if kind in (BYTE, CONTROL) else kind for kind in types]
-    merges = [f"{left} {right}" for left, right in _merges(model)]
+    merges = [f"{left} {right}" for left, right in _merges(path, model)]
     values = {Keys.Tokenizer.PRE: PATTERNS[pattern], Keys.Tokenizer.MERGES: merges}
     return "gpt2", tokens, [0.0] * len(tokens), types, values

@@ -10,18 +10,23 @@ become unused padding tokens, and fewer rows than tokens are an error.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gguf import Keys
 
-from blockffn.convert.checkpoint import Checkpoint, read_json
+from blockffn.convert.checkpoint import Checkpoint, read_json, read_text
+from blockffn.convert.config_common import token_ids
+from blockffn.convert.fields import Fields, shown
 from blockffn.convert.model_config import ModelConfig
 from blockffn.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, read_sentencepiece
 from blockffn.convert.tokenizer_json import read_tokenizer_json
 from blockffn.errors import BlockffnError
 
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<pad>|<mask>|<unused\d*>|<2mass>|\[@BOS@\]", re.DOTALL)
 UNLIKELY = -1000.0  # score of tokens that the merging algorithm never makes
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
@@ -90,7 +95,9 @@ def _flag(settings: dict[str, Any], key: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise BlockffnError(f"tokenizer_config.json: {key}: expected true or false, found {value!r}; correct the file")
+        raise BlockffnError(
+            f"tokenizer_config.json: {key}: expected true or false, found {shown(value)}; correct the file"
+        )
     return value
 
 
@@ -136,40 +143,50 @@ def _from_sentencepiece(checkpoint: Checkpoint) -> Vocab:
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, tuple[str, bool]]:
     """Return id -> (text, special) of the tokens that were added to the model's own vocabulary."""
     found: dict[int, tuple[str, bool]] = {}
+
+    def add(file: str, text: Any, index: Any, special: bool) -> None:
+        if not isinstance(text, str) or isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise BlockffnError(
+                f"{file}: added token: expected a text and a token id, found {shown(text)} and {shown(index)}; correct "
+                "the file"
+            )
+        found[index] = (text, special)
+
     for text, index in _optional_json(folder / "added_tokens.json").items():
-        found[_token_id("added_tokens.json", text, index)] = (text, _looks_special(text))
-    listed = _optional_json(folder / "tokenizer.json").get("added_tokens") or []
-    for entry in listed:
-        found[_token_id("tokenizer.json", entry["content"], entry["id"])] = (
-            entry["content"],
-            bool(entry.get("special")),
-        )
-    for index, entry in (settings.get("added_tokens_decoder") or {}).items():
-        number = int(index) if str(index).isdigit() else index
-        found[_token_id("tokenizer_config.json", entry["content"], number)] = (
-            entry["content"],
-            bool(entry.get("special")) or _looks_special(entry["content"]),
-        )
+        add("added_tokens.json", text, index, _looks_special(text))
+    for entry in _entries(_optional_json(folder / "tokenizer.json"), "tokenizer.json", "added_tokens", list):
+        add("tokenizer.json", entry.get("content"), entry.get("id"), bool(entry.get("special")))
+    decoder = _entries(settings, "tokenizer_config.json", "added_tokens_decoder", dict)
+    for index, entry in zip(settings.get("added_tokens_decoder") or (), decoder, strict=True):
+        number = int(index) if re.fullmatch("[0-9]{1,9}", index) else index
+        text = entry.get("content")
+        add("tokenizer_config.json", text, number, bool(entry.get("special")) or _looks_special(text))
     return found
 
 
-def _token_id(file: str, text: str, index: Any) -> int:
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise BlockffnError(f"{file}: added token {text!r}: expected a token id, found {index!r}; correct the file")
-    return index
+def _entries(content: dict[str, Any], file: str, key: str, kind: type[list[Any]] | type[dict[str, Any]]) -> list[Any]:
+    """Return the objects that the list or the object `content[key]` holds; none where the key is missing or null."""
+    value = content.get(key)
+    if value is None:
+        return []
+    entries = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(isinstance(entry, dict) for entry in entries):
+        name = "a list" if kind is list else "an object"
+        raise BlockffnError(f"{file}: {key}: expected {name} of objects, found {shown(value)}; correct the file")
+    return list(entries)
 
 
-def _looks_special(text: str) -> bool:
-    """Chat marks such as <|im_end|> are control tokens even where a file forgets to say so."""
-    return text.startswith("<|") and text.endswith("|>")
+def _looks_special(text: Any) -> bool:
+    """Chat marks such as <|im_end|> are control tokens even where a file forgets to say so; upstream's patterns."""
+    return isinstance(text, str) and SPECIAL.fullmatch(text) is not None
 
 
 def _place_added(checkpoint: Checkpoint, vocab: Vocab, added: dict[int, tuple[str, bool]]) -> None:
     highest = max(added, default=-1)
     if highest >= len(vocab.tokens) + 100_000:
         raise BlockffnError(
-            f"{checkpoint.folder}: added token {added[highest][0]!r}: expected an id near {len(vocab.tokens)}, found "
-            f"{highest}"
+            f"{checkpoint.folder}: added token {shown(added[highest][0])}: expected an id near {len(vocab.tokens)}, "
+            f"found {shown(highest)}"
         )
     for index in range(len(vocab.tokens), highest + 1):
         vocab.tokens.append(f"[PAD{index}]")
@@ -179,7 +196,7 @@ def _place_added(checkpoint: Checkpoint, vocab: Vocab, added: dict[int, tuple[st
         kind = vocab.types[index]
         same = vocab.tokens[index] == text
         if not same and kind != UNUSED:
-            checkpoint.note(f"token {index}: {vocab.tokens[index]!r} is replaced by the added token {text!r}")
+            checkpoint.note(f"token {index}: {shown(vocab.tokens[index])} is replaced by the added token {shown(text)}")
         if same and kind not in (NORMAL, USER_DEFINED, UNUSED):
             continue  # <s>, </s>, <unk>: the model itself says what they are
         vocab.tokens[index] = text
@@ -208,7 +225,7 @@ def _check_unique(vocab: Vocab) -> None:
     for index, text in enumerate(vocab.tokens):
         if text in seen:
             raise BlockffnError(
-                f"tokenizer: tokens {seen[text]} and {index} are both {text!r}; expected every text once, for "
+                f"tokenizer: tokens {seen[text]} and {index} are both {shown(text)}; expected every text once, for "
                 "llama.cpp refuses the file; correct the tokenizer files"
             )
         seen[text] = index
@@ -218,10 +235,21 @@ def _special_ids(checkpoint: Checkpoint, config: ModelConfig, vocab: Vocab, sett
     """Write bos, eos, end-of-turn, padding and unknown ids; all ids that end a text must be among them."""
     by_text = {text: index for index, text in enumerate(vocab.tokens)}
     named = {key: _named(settings, key, by_text) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    more = _optional_json(checkpoint.folder / "generation_config.json").get("eos_token_id")
-    listed = more if isinstance(more, list) else [more]
-    eos = [index for index in (named["eos_token"], *config.eos_ids, *listed) if isinstance(index, int)]
-    eos = list(dict.fromkeys(eos or [by_text[text] for text in ("</s>",) if text in by_text]))
+    generation = Fields(
+        _optional_json(checkpoint.folder / "generation_config.json"), "generation_config.json", checkpoint.note
+    )
+    first = () if named["eos_token"] is None else (named["eos_token"],)
+    eos = list(dict.fromkeys((*first, *config.eos_ids, *token_ids(generation, "eos_token_id"))))
+    given = {"bos_token_id": (config.bos_id,), "pad_token_id": (config.pad_id,), "eos_token_id": eos}
+    for key, values in given.items():
+        for value in values:
+            if value is not None and value >= len(vocab.tokens):
+                raise BlockffnError(
+                    f"config.json: {key}: expected an id below {len(vocab.tokens)}, the vocabulary size, found "
+                    f"{shown(value)}; correct the file"
+                )
+    if not eos and "</s>" in by_text:
+        eos = [by_text["</s>"]]
     if named["bos_token"] is not None and config.bos_id not in (None, named["bos_token"]):
         checkpoint.note(
             f"bos: tokenizer_config.json names token {named['bos_token']}, config.json {config.bos_id}; the former is "
@@ -233,16 +261,9 @@ def _special_ids(checkpoint: Checkpoint, config: ModelConfig, vocab: Vocab, sett
         Keys.Tokenizer.PAD_ID: _first(config.pad_id, named["pad_token"]),
         Keys.Tokenizer.UNK_ID: _first(named["unk_token"], by_text.get("<unk>")),
     }
-    given = {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, "eos_token_id": max(eos, default=None)}
-    for key, value in given.items():
-        if value is not None and value >= len(vocab.tokens):
-            raise BlockffnError(
-                f"config.json: {key}: expected an id below {len(vocab.tokens)}, the vocabulary size, found {value}; "
-                "correct the file"
-            )
     vocab.values |= {key: value for key, value in ids.items() if value is not None}
     if len(eos) > 3:
-        checkpoint.note(f"only the first three end-of-text ids fit a GGUF: {eos[:3]} of {eos}")
+        checkpoint.note(f"only the first three end-of-text ids fit a GGUF: {eos[:3]} of {shown(eos)}")
     if not eos:
         checkpoint.note("WARNING: no end-of-text token found; generation ends at the token limit only")
 
@@ -260,33 +281,46 @@ def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int |
         return None  # often a leftover of training; the model never writes them
     if text not in by_text:
         raise BlockffnError(
-            f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {text!r}; correct the file"
+            f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {shown(text)}; correct the file"
         )
     return by_text[text]
 
 
 def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the chat template keys: chat_template.jinja wins over chat_template.json and tokenizer_config.json."""
-    template: Any = settings.get("chat_template")
+    """Return the chat template keys: chat_template.jinja wins over chat_template.json and tokenizer_config.json; named
+    ones come from these two and from the files of additional_chat_templates."""
+    template, file = settings.get("chat_template"), "tokenizer_config.json"
     if (folder / "chat_template.json").is_file():
-        template = _optional_json(folder / "chat_template.json").get("chat_template", template)
+        template, file = (
+            _optional_json(folder / "chat_template.json").get("chat_template", template),
+            "chat_template.json",
+        )
+    named = _named_templates(template, file)
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        named["default"] = read_text(folder / "chat_template.jinja")
+    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        named[path.stem] = read_text(path)
+    safe = {"".join(c if c.isascii() and c.isalnum() else "_" for c in name): text for name, text in named.items()}
+    values: dict[str, Any] = {
+        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in safe.items() if name != "default"
+    }
+    if values:
+        values[Keys.Tokenizer.CHAT_TEMPLATES] = sorted(set(safe) - {"default"})
+    if "default" in safe:
+        values[Keys.Tokenizer.CHAT_TEMPLATE] = safe["default"]
+    return values
+
+
+def _named_templates(template: Any, file: str) -> dict[str, str]:
+    """Read a chat_template: one text, or a list of objects with name and template."""
     if template is None:
         return {}
-    if isinstance(template, str):
-        return {Keys.Tokenizer.CHAT_TEMPLATE: template}
-    if not isinstance(template, list) or not all(isinstance(item, dict) and "template" in item for item in template):
-        raise BlockffnError("tokenizer_config.json: chat_template: expected a string or a list of named templates")
-    named = {
-        "".join(c if c.isascii() and c.isalnum() else "_" for c in item["name"]): item["template"] for item in template
-    }
-    values = {
-        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name != "default"
-    }
-    result: dict[str, Any] = (
-        {Keys.Tokenizer.CHAT_TEMPLATES: sorted(set(named) - {"default"}), **values} if values else {}
-    )
-    if "default" in named:
-        result[Keys.Tokenizer.CHAT_TEMPLATE] = named["default"]
-    return result
+    items = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    for item in items:
+        good = isinstance(item, dict) and isinstance(item.get("template"), str) and isinstance(item.get("name"), str)
+        if not good or not 0 < len(item["name"]) <= 100:
+            raise BlockffnError(
+                f"{file}: chat_template: expected a string or a list of named templates, found {shown(template)}; "
+                "correct the file"
+            )
+    return {item["name"]: item["template"] for item in items}

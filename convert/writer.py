@@ -2,12 +2,13 @@
 
     write_gguf(Path("model.gguf"), values, plan, split_max_size=0, digest=None)    # [Path("model.gguf")]
 
-Data goes in pieces of a few megabytes to a folder beside the target, which is renamed at the end and removed on any
-error.
+Data goes in pieces of a few megabytes to files in a hidden folder beside the target. They are renamed at the end, when
+the disk has them; the folder is removed in any case.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from tqdm import tqdm
 
 from blockffn.convert.checkpoint import BF16, to_float32
-from blockffn.convert.metadata import SOURCE_SHA256
+from blockffn.convert.metadata import SOURCE_SHA256, check_values
 from blockffn.convert.plan import PlannedTensor
 from blockffn.convert.tensor_map import Array
 from blockffn.errors import BlockffnError
@@ -45,10 +46,12 @@ def write_gguf(
     split_max_size: bytes of tensor data per file, 0 for one file. Raises BlockffnError for a full disk, for weights
     that are not finite, and for values that the output type cannot hold.
     """
+    check_values(values)
     check_target(outfile, sum(tensor.n_bytes for tensor in plan))
-    folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.", suffix=".partial", dir=outfile.parent))
+    folder: Path | None = None
     writer: GGUFWriter | None = None
     try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.", suffix=".partial", dir=outfile.parent))
         writer = FastWriter(folder / outfile.name, arch, split_max_size=split_max_size if plan else 0)
         for key, value in values.items():
             add_value(writer, key, value)
@@ -64,6 +67,8 @@ def write_gguf(
         writer.close()
         if digest is not None:
             _fill_in_digest(files[0], digest())
+        for file in files:
+            _sync(file)
         return _move(files, outfile.parent)
     except OSError as error:
         where = error.filename or outfile
@@ -71,10 +76,11 @@ def write_gguf(
             f"{where}: {error.strerror or error}; the conversion to {outfile} was undone: free space or check the disk"
         ) from error
     finally:
-        if writer is not None and writer.fout is not None:
-            for stream in writer.fout:
+        for stream in (writer.fout if writer is not None else None) or ():
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too
                 stream.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None and not _waiting(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class FastWriter(GGUFWriter):
@@ -208,18 +214,41 @@ def _fill_in_digest(file: Path, digest: str) -> None:
         stream.write(digest.encode())
 
 
-def _move(files: list[Path], target: Path) -> list[Path]:
-    """Rename the finished files into place; when one fails, take the others back."""
-    moved: list[Path] = []
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        for file in files:
-            os.replace(file, target / file.name)
-            moved.append(target / file.name)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move(files: list[Path], target: Path) -> list[Path]:
+    """Rename the finished files into place, all or none: the parts that they replace wait in their folder meanwhile."""
+    placed = [target / file.name for file in files]
+    waiting = files[0].parent / "replaced"
+    waiting.mkdir()
+    try:
+        for file in placed if len(files) > 1 else ():  # one file is replaced at once
+            if file.exists():
+                os.replace(file, waiting / file.name)
+        for file, place in zip(files, placed, strict=True):
+            os.replace(file, place)
+        _sync(target)
     except BaseException:
-        for done in moved:
-            done.unlink(missing_ok=True)
+        for file, place in zip(files, placed, strict=True):
+            if (waiting / file.name).exists():
+                os.replace(waiting / file.name, place)
+            elif len(files) > 1 and not file.exists():
+                place.unlink()
         raise
-    return moved
+    shutil.rmtree(waiting)
+    return placed
+
+
+def _waiting(folder: Path) -> bool:
+    """Whether earlier files are still in the folder: putting them back failed, so they stay where they are."""
+    return (folder / "replaced").is_dir() and any((folder / "replaced").iterdir())
 
 
 class _Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def inf(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def bomb(path: Path, member: str, compression: int = zipfile.ZIP_DEFLATED) -> None:
+    """A torch archive with one member of 100 MB; compressed it takes 0.1 MB."""
+    with zipfile.ZipFile(path, "w", compression) as archive, archive.open(member, "w", force_zip64=True) as stream:
+        for _ in range(100):
+            stream.write(bytes(1_000_000))
+
+
 # (identifier, options of write_checkpoint, damage, options of convert_checkpoint, parts of the message)
 Case = tuple[str, dict[str, Any], Callable[[Path], None] | None, dict[str, Any], list[str]]
 SHARDED = {"fmt": "safetensors_sharded"}
@@ -194,13 +202,11 @@ CASES: list[Case] = [
      ["moe_routing_strategy", "'topk'"]),
     ("remoe shared", {"family": "remoe"}, set_config(num_shared_experts=8), {}, ["num_shared_experts", "fewer than"]),
     ("vanilla width", {"family": "vanilla"}, set_config(intermediate_size=5760), {}, ["[5760, 64]", "[96, 64]"]),
-    ("deco eps", DECO, set_config(rms_norm_eps=1e-6), {},
-     ["norm_epsilon = 1e-05", "rms_norm_eps = 1e-06", "contradict"]),
+    ("deco eps", DECO, set_config(norm_epsilon=0), {}, ["norm_epsilon", "a positive number", "found 0"]),
     ("deco layers", DECO, set_config(num_layers=3), {},
      ["the tensors show 2", "num_layers = 3", "num_hidden_layers = 32"]),
     ("deco layer kinds", DECO, set_config(moe_layer_freq=[1, 1]), {}, ["moe_layer_freq", "layer 0", "expected 0"]),
     ("deco layer count", DECO, set_config(moe_layer_freq="[0]+[1]*2"), {}, ["moe_layer_freq", "2 entries"]),
-    ("deco router type", DECO, set_config(router_type="topk"), {}, ["router_type", "'topk'"]),
     ("deco layer class", DECO, set_config(use_blockffn=False), {}, ["use_blockffn", "found False"]),
     ("deco scales", DECO, set_config(use_mup=True), {}, ["use_mup", "found True"]),
     ("deco unclear scales", DECO, set_config(use_mup=..., scale_emb=12), {}, ["use_mup", "beside scale_emb"]),
@@ -217,7 +223,7 @@ CASES: list[Case] = [
     ("deco other class", DECO, set_config(architectures=["LlamaForCausalLM"]), {},
      ["BlockFFNForCausalLM (DECO), found"]),
     ("deco norm weights", DECO, set_config(layernorm_zero_centered_gamma=True), {},
-     ["layernorm_zero_centered_gamma", "not part of DECO", "found True"]),
+     ["layernorm_zero_centered_gamma", "not part of these models", "found True"]),
     ("deco rotation", DECO, set_config(rotary_interleaved=True), {}, ["rotary_interleaved", "found True"]),
     ("deco soft cap", DECO, set_config(final_logit_softcapping=30.0), {}, ["final_logit_softcapping", "found 30.0"]),
     ("deco score on input", DECO, set_config(moe_apply_probs_on_input=True), {}, ["moe_apply_probs_on_input"]),
@@ -236,7 +242,70 @@ CASES: list[Case] = [
      ["shared_experts", "nothing in this model"]),
     ("deco bias unstated", {**DECO, "bias": "base"}, set_config(moe_router_enable_expert_bias=...), {},
      ["moe_router_enable_expert_bias", "found nothing"]),
-    ("deco head size", DECO, set_config(head_dim=32), {}, ["head_dim", "expected 16", "found 32"]),
+    ("deco head count", DECO, set_config(num_attention_heads=3), {},
+     ["num_attention_heads", "a divisor of 64, the rows of q_proj", "found 3"]),
+    *((f"other meaning {key}", {}, set_config(**{key: value}), {}, [key, "not part of these models", f"found {value}"])
+      for key, value in (("sliding_window", 4096), ("partial_rotary_factor", 0.5), ("softmax_scale", 0.1),
+                         ("attn_logit_softcapping", 50.0), ("embedding_multiplier", 12.0), ("logits_scaling", 8.0),
+                         ("mlp_bias", True), ("qk_norm", True))),
+    ("other meaning in training", {"layout": "bmtrain"}, set_config(sliding_window=4096), {}, ["sliding_window"]),
+    ("kinds of layers", {}, set_config(layer_types=["full_attention", "sliding_attention"]), {},
+     ["layer_types", "full_attention for every layer"]),
+    ("rope parameters", {}, set_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), {},
+     ["rope_parameters.rope_type", "default, linear, dynamic", "'yarn'"]),
+    ("rope parameters, deco", DECO, set_config(rope_parameters={"rope_type": "llama3", "factor": 2.0}), {},
+     ["rope_parameters.rope_type", "'llama3'"]),
+    ("rope by layer", {}, set_config(rope_parameters={"full_attention": {"rope_theta": 1e4}}), {},
+     ["rope_parameters.full_attention", "one setting for all layers"]),
+    ("rope partial", {}, set_config(rope_parameters={"partial_rotary_factor": 0.5}), {},
+     ["rope_parameters.partial_rotary_factor", "found 0.5"]),
+    ("rope without kind", {}, set_config(rope_scaling={"factor": 4.0}), {},
+     ["rope_scaling.rope_type", "found nothing"]),
+    ("rope kinds", {}, set_config(rope_scaling={"factor": 4.0, "type": "linear", "rope_type": "dynamic"}), {},
+     ["rope_scaling.type", "expected 'dynamic'", "found 'linear'"]),
+    ("rope bases", {}, set_config(rope_theta=1e4, rope_parameters={"rope_theta": 5e5}), {},
+     ["rope_theta = 10000", "rope_parameters.rope_theta = 500000", "contradict"]),
+    ("rope objects", {}, set_config(rope_scaling={"type": "linear", "factor": 4.0},
+     rope_parameters={"type": "linear", "factor": 2.0}), {}, ["rope_scaling and rope_parameters contradict"]),
+    ("rope length", {},
+     set_config(rope_parameters={"type": "dynamic", "factor": 2, "original_max_position_embeddings": 128}), {},
+     ["original_max_position_embeddings", "max_position_embeddings = 256", "found 128"]),
+    ("absurd layers", {}, lambda d: (set_tensor("model.layers.2999999.x", lambda t: t)(d),
+     set_config(num_hidden_layers=3000000)(d)) and None, {}, ["3 layers", "nothing of layer 2", "2999999"]),
+    ("absurd layers, deco", DECO, set_tensor("model.layers.99999999999999999999999.x", lambda t: t), {},
+     ["3 layers", "nothing of layer 2"]),
+    ("no layer number", {}, set_tensor("model.layers.\u00b2.x", lambda t: t), {}, ["\u00b2", "nothing in this model"]),
+    ("no layers", {}, set_config(num_hidden_layers=3000000), {}, ["expected 2", "found 3000000"]),
+    *((f"value {key} {value}", {}, set_config(**{key: value}), {"dry_run": True}, [key, expected])
+      for key, value, expected in (("max_position_embeddings", 10**12, "up to 2147483647"),
+                                   ("scale_emb", 1e300, "float32 can hold"),
+                                   ("rms_norm_eps", 1e-60, "float32 can hold"),
+                                   ("dim_model_base", float("nan"), "float32 can hold"))),
+    ("derived value", {}, set_config(dim_model_base=1.2e-38), {"dry_run": True}, ["blockffn.logit_scale", "float32"]),
+    ("negative eos", {}, write("generation_config.json", '{"eos_token_id": -5}'), {"dry_run": True},
+     ["generation_config.json", "eos_token_id", "found -5"]),
+    ("text that is no Unicode", {}, write("tokenizer_config.json", '{"chat_template": "\\ud800"}'), {"dry_run": True},
+     ["tokenizer.chat_template", "valid Unicode"]),
+    ("nested brackets", {}, write("config.json", "[" * 100_000), {}, ["config.json", "not valid JSON"]),
+    ("digits", {}, write("config.json", '{"ffn_type": ' + "9" * 10_000 + "}"), {}, ["config.json", "not valid JSON"]),
+    ("template in Latin-1", {}, write("chat_template.jinja", b"\xe4"), {}, ["chat_template.jinja", "UTF-8"]),
+    ("index is a list", SHARDED, write(INDEX, "[]"), {}, [INDEX, "weight_map"]),
+    ("index of other files", SHARDED, write(INDEX, '{"weight_map": {"a": "config.json"}}'), {},
+     [INDEX, "'config.json'", "*.safetensors"]),
+    ("tied head in eight bits", {"tied": True}, lambda d: save_file(load_file(d / "model.safetensors") |
+     {"lm_head.weight": torch.ones(512, 64).to(torch.float8_e4m3fn)}, d / "model.safetensors"), {},
+     ["lm_head.weight", "F8_E4M3", "unquantized"]),
+    ("pickle key", {"fmt": "pickle"}, lambda d: torch.save({5: torch.ones(3)}, d / "pytorch_model.bin"), {},
+     ["expected the names of tensors", "5"]),
+    *((f"pickle tensor {found}", {"fmt": "pickle"},
+       lambda d, value=value: torch.save({"a": value}, d / "pytorch_model.bin"), {}, ["'a'", found])
+      for found, value in (("sparse", torch.eye(3).to_sparse()), ("meta", torch.ones(3, device="meta")),
+                           ("expand", torch.ones(1).expand(10**12)))),
+    ("pickle that inflates", {"fmt": "pickle"}, lambda d: bomb(d / "pytorch_model.bin", "archive/data.pkl"), {},
+     ["refused", "archive/data.pkl", "inflates to 100000000 bytes"]),
+    ("pickle with large names", {"fmt": "pickle"},
+     lambda d: bomb(d / "pytorch_model.bin", "archive/data.pkl", zipfile.ZIP_STORED), {},
+     ["refused", "at most 67108864 bytes", "100000000"]),
 ]  # fmt: skip
 
 
@@ -291,6 +360,14 @@ def test_bad_paths(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(part in error for part in parts), error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path)
+    before = (source / "model.safetensors").read_bytes()
+    with pytest.raises(BlockffnError, match=r"expected a file to write, found model\.safetensors of the checkpoint"):
+        convert_checkpoint(source, source / "model.safetensors")
+    assert (source / "model.safetensors").read_bytes() == before
 
 
 def test_hub_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,17 @@ def test_rows_beyond_the_tokenizer_become_padding(tmp_path: Path) -> None:
     assert llm.n_vocab() == 520
 
 
+@pytest.mark.parametrize(
+    "text", ["<pad>", "<mask>", "<unused0>", "<unused17>", "<|turn|>", "<\uff5cend\uff5c>", "[@BOS@]"]
+)
+def test_marks_are_control_tokens(tmp_path: Path, text: str) -> None:
+    """Upstream's patterns, also where a file does not call the token special."""
+    source = write_checkpoint(tmp_path / "m", n_vocab=518, n_layer=1)
+    (source / "added_tokens.json").write_text(json.dumps({text: 514, f"x{text}": 515}))
+    convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
+    assert keys(tmp_path / "m.gguf")["tokenizer.ggml.token_type"][514:516] == [3, 4]
+
+
 def add_tokens(folder: Path, where: str) -> None:
     """The same two added tokens in each of the files that may hold them."""
     if where == "added_tokens.json":
@@ -164,6 +175,20 @@ def test_chat_template(tmp_path: Path, where: str) -> None:
     assert found["tokenizer.chat_template"] == template
     if where == "named":
         assert found["tokenizer.chat_templates"] == ["tool_use"] and found["tokenizer.chat_template.tool_use"] == "T"
+
+
+def test_further_chat_templates(tmp_path: Path) -> None:
+    """transformers since 4.53 keeps named templates as files."""
+    source = write_checkpoint(tmp_path / "m")
+    (source / "chat_template.jinja").write_text("default one")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool-use.jinja").write_text("with tools")
+    before = convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True).sha256
+    found = keys(tmp_path / "m.gguf")
+    assert found["tokenizer.chat_template"] == "default one" and found["tokenizer.chat_templates"] == ["tool_use"]
+    assert found["tokenizer.chat_template.tool_use"] == "with tools"
+    (source / "additional_chat_templates" / "tool-use.jinja").write_text("with other tools")
+    assert convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True).sha256 != before
 
 
 @pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, True)])

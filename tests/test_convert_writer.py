@@ -107,6 +107,54 @@ def test_metadata_file(tmp_path: Path) -> None:
     assert (found["general.license"], found["general.tags"], found["general.name"]) == ("mit", ["a", "b"], "Other")
 
 
+CARD = """---
+license: apache-2.0
+language:
+- en
+- zh
+tags: [moe, sparse]
+base_model: SparseLLM/BlockFFN-Small
+---
+# A model
+"""
+
+
+def test_model_card(tmp_path: Path) -> None:
+    """Licence, languages, tags and base models, as upstream's converter; --metadata wins."""
+    source = write_checkpoint(tmp_path / "m")
+    (source / "README.md").write_text(CARD)
+    (tmp_path / "extra.json").write_text('{"general.license": "mit"}')
+    convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True, metadata=tmp_path / "extra.json")
+    found = fields(tmp_path / "m.gguf")
+    assert (found["general.license"], found["general.tags"]) == ("mit", ["moe", "sparse"])
+    assert found["general.languages"] == ["en", "zh"] and found["general.base_model.count"] == 1
+    assert found["general.base_model.0.repo_url"] == "https://huggingface.co/SparseLLM/BlockFFN-Small"
+    assert found["general.base_model.0.organization"] == "SparseLLM"
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n[[[\n---\n", "---\n" + "[" * 5000 + "\n---\n", "---\n- a\n---\n", "# no header", "",
+             "---\nlicense: {a: 1}\ntags: 5\nbase_model: [[x], ../y, 5]\n---\n", "---\nx: 2024-99-99\n---\n"],
+)  # fmt: skip
+def test_odd_model_cards_say_nothing(tmp_path: Path, card: str) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    (source / "README.md").write_text(card)
+    convert_checkpoint(source, tmp_path / "m.gguf", vocab_only=True)
+    assert not any(key in fields(tmp_path / "m.gguf") for key in ("general.license", "general.base_model.count"))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"general.alignment": 7}', '{"general.name": 5}', '{"general.x": Infinity}', '{"general.x": -1}',
+                '{"general.x": 99999999999}', '{"general.x": "\\ud800"}', '{"general.x y": 1}'],
+)  # fmt: skip
+def test_metadata_that_no_gguf_can_hold(tmp_path: Path, content: str) -> None:
+    (tmp_path / "extra.json").write_text(content)
+    with pytest.raises(BlockffnError, match="general"):
+        convert_checkpoint(
+            write_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", metadata=tmp_path / "extra.json", dry_run=True
+        )
+
+
 @pytest.mark.parametrize(
     "content", ['{"blockffn.logit_scale": 1.0}', '{"general.file_type": 0}', "[]", '{"general.x": null}']
 )
@@ -183,21 +231,131 @@ def test_interrupted_conversion_leaves_nothing(
     assert leftovers(target) == ["m.gguf"] and (target / "m.gguf").read_text() == "old"
 
 
-def test_failed_rename_takes_the_other_parts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
-    target.mkdir()
+def failing_replace(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """os.replace raises at this call, after or before it has moved the file."""
     replace, calls = writer.os.replace, [0]
 
     def fail(old: Path, new: Path) -> None:
         calls[0] += 1
-        if calls[0] == 3:
+        if calls[0] == call and isinstance(error, OSError):
+            raise error
+        replace(old, new)
+        if calls[0] == call:
+            raise error
+
+    monkeypatch.setattr(writer.os, "replace", fail)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+def test_split_set_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, older: bool, error: BaseException
+) -> None:
+    """A rename that fails, or an interruption after one, gives back every part that was there."""
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    report = convert_checkpoint(source, target / "m.gguf", split_max_size=100_000)
+    assert len(report.files) >= 4
+    for file in report.files:
+        file.write_text(f"old {file.name}") if older else file.unlink()
+    before = leftovers(target)
+    failing_replace(monkeypatch, min(call, len(report.files) * (2 if older else 1)), error)
+    with pytest.raises((BlockffnError, KeyboardInterrupt)):
+        convert_checkpoint(source, target / "m.gguf", split_max_size=100_000)
+    assert leftovers(target) == before
+    assert all(file.read_text() == f"old {file.name}" for file in report.files if older)
+
+
+def test_split_set_replaces_an_older_one(tmp_path: Path) -> None:
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    files = convert_checkpoint(source, target / "m.gguf", split_max_size=100_000).files
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_text("old")
+    convert_checkpoint(source, target / "m.gguf", split_max_size=100_000)
+    assert [file.read_bytes() for file in files] == contents
+    assert leftovers(target) == [file.name for file in files]
+
+
+def test_parts_that_cannot_be_put_back_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails for good: the earlier parts are left in the hidden folder, not deleted."""
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    files = convert_checkpoint(source, target / "m.gguf", split_max_size=100_000).files
+    for file in files:
+        file.write_text("old")
+    replace, calls = writer.os.replace, [0]
+
+    def fail(old: Path, new: Path) -> None:
+        calls[0] += 1
+        if calls[0] >= 3:
             raise OSError(5, "Input/output error")
         replace(old, new)
 
     monkeypatch.setattr(writer.os, "replace", fail)
     with pytest.raises(BlockffnError, match="Input/output error"):
         convert_checkpoint(source, target / "m.gguf", split_max_size=100_000)
-    assert leftovers(target) == []
+    kept = [file for file in target.rglob("m-*.gguf") if file.read_bytes() == b"old"]
+    assert len(kept) == len(files)
+
+
+def test_files_are_on_the_disk_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of every file, then the renames, then fsync of the folder."""
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    events: list[str] = []
+    replace, fsync = writer.os.replace, writer.os.fsync
+
+    def synced(handle: int) -> None:
+        events.append("sync " + Path(f"/proc/self/fd/{handle}").resolve().name)
+        fsync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        events.append("rename " + new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(writer.os, "fsync", synced)
+    monkeypatch.setattr(writer.os, "replace", renamed)
+    convert_checkpoint(source, target / "m.gguf")
+    assert events == ["sync m.gguf", "rename m.gguf", "sync out"]
+
+
+@pytest.mark.parametrize("split", [0, 100_000])
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, split: int) -> None:
+    """Real writes that fail, also when the file is closed: exit code 1, one line, nothing left, the old file there."""
+    source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
+    target.mkdir()
+    (target / "m.gguf").write_text("old")
+    script = (
+        "import resource, sys\n"
+        "from blockffn.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "sys.exit(main(['convert', sys.argv[1], '--outfile', sys.argv[2], *sys.argv[3:]]))\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(target / "m.gguf")]
+    command += ["--split-max-size", str(split)] if split else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert leftovers(target) == ["m.gguf"] and (target / "m.gguf").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["mkdtemp", "open"])
+def test_missing_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of the folder to write to, and of a file to read."""
+    source = write_checkpoint(tmp_path / "m")
+
+    def refuse(*args: Any, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(args[0]) if args else None)
+
+    if name == "mkdtemp":
+        monkeypatch.setattr(writer.tempfile, "mkdtemp", refuse)
+    else:
+        monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(BlockffnError, match="Permission denied"):
+        convert_checkpoint(source, tmp_path / "m.gguf")
+    assert leftovers(tmp_path) == ["m"]
 
 
 def test_full_disk_is_noticed_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
