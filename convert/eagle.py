@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFReader, quants
+from gguf import GGML_QUANT_VERSION
 
 from blockffn import gguf_contract as names
 from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.config import read_config
 from blockffn.convert.draft_tokens import read_draft_tokens
-from blockffn.convert.metadata import FILE_TYPES, model_metadata
+from blockffn.convert.fields import LARGEST_INTEGER, shown
+from blockffn.convert.metadata import FILE_TYPES, check_values, model_metadata
 from blockffn.convert.plan import OUTTYPES, TYPES, PlannedTensor, choose_outtype, plan_tensors
 from blockffn.convert.report import ConvertReport
 from blockffn.convert.tensor_map import Array, map_tensors
 from blockffn.convert.vocab import read_vocab
 from blockffn.errors import BlockffnError
+from blockffn.gguf_file import read_gguf
 
 SHARED_KEYS = (
     names.VOCAB_SIZE, names.CONTEXT_LENGTH, names.EMBEDDING_LENGTH, names.RMS_EPSILON, names.ROPE_FREQ_BASE,
@@ -84,12 +86,14 @@ def convert_head(
     if outtype not in OUTTYPES:
         raise BlockffnError(f"--outtype: expected one of {', '.join(OUTTYPES)}, found {outtype!r}")
     head = open_checkpoint(str(src))
-    shared = read_target(str(target))
+    shared = read_target(str(target), head.note)
     shape = _read_shape(head, shared.keys[names.EMBEDDING_LENGTH])
-    ids = read_draft_tokens(Path(draft_tokens), shared.keys[names.VOCAB_SIZE]) if draft_tokens else None
+    listed = _find_draft_tokens(head, draft_tokens)
+    ids = read_draft_tokens(listed, shared.keys[names.VOCAB_SIZE]) if listed else None
     kind = choose_outtype(outtype, head)
     plan = [*_head_tensors(head, shape, shared.keys[names.EMBEDDING_LENGTH], kind), *_shared_tensors(shared, ids, kind)]
-    values = _metadata(shape, shared, ids, kind)
+    values = _metadata(shape, shared, ids, kind) | shared.tokenizer
+    check_values(values)
     report = ConvertReport(
         source=str(src),
         name=str(values["general.name"]),
@@ -105,14 +109,24 @@ def convert_head(
     if dry_run:
         writer.check_target(Path(outfile), report.n_bytes)
         return report
-    report.files = writer.write_gguf(Path(outfile), values | shared.tokenizer, plan, arch=names.ARCH_EAGLE)
+    report.files = writer.write_gguf(Path(outfile), values, plan, arch=names.ARCH_EAGLE)
     report.seconds = time.monotonic() - started
     return report
 
 
-def read_target(target: str) -> Shared:
-    """Read what a head needs from a checkpoint or from a converted GGUF file."""
-    return _target_file(Path(target)) if target.endswith(".gguf") else _target_checkpoint(target)
+def read_target(target: str, note: Callable[[str], None]) -> Shared:
+    """Read what a head needs from a checkpoint or from a converted GGUF file; decisions go to `note`."""
+    return _target_file(Path(target), note) if target.endswith(".gguf") else _target_checkpoint(target)
+
+
+def _find_draft_tokens(head: Checkpoint, given: str | PathLike[str] | None) -> Path | None:
+    """The file as it is named, or of this name in the head's folder (or the hub's copy of it)."""
+    if given is None:
+        if lists := sorted(file.name for file in head.folder.glob("freq_*.pkl")):
+            head.note(f"the folder holds {', '.join(lists)}: --draft-tokens NAME cuts the output matrix to its tokens")
+        return None
+    inside = head.folder / given
+    return inside if inside.is_file() and not Path(given).is_file() else Path(given)
 
 
 def _target_checkpoint(target: str) -> Shared:
@@ -130,38 +144,58 @@ def _target_checkpoint(target: str) -> Shared:
     )
 
 
-def _target_file(target: Path) -> Shared:
-    if not target.is_file():
-        raise BlockffnError(f"{target}: no such file: expected the target of the head")
-    try:
-        reader = GGUFReader(target)
-    except ValueError as error:
-        raise BlockffnError(f"{target}: not a GGUF file: {error}") from error
-    fields = reader.fields
-    found = fields["general.architecture"].contents()
-    if found != names.ARCH:
-        raise BlockffnError(f"{target}: expected the architecture {names.ARCH}, found {found}: no target of this head")
-    keys = {name: fields[names.key(name)].contents() for name in SHARED_KEYS if names.key(name) in fields}
+def _target_file(target: Path, note: Callable[[str], None]) -> Shared:
+    file = read_gguf(target)  # all parts of a split model
+    if file.architecture != names.ARCH:
+        raise BlockffnError(
+            f"{target}: expected the architecture {names.ARCH}, found {shown(file.architecture)}: no target of this "
+            "head"
+        )
+    parts, count = file.metadata.get("split.count", 1), file.metadata.get("split.tensors.count", len(file.tensors))
+    if parts not in (len(file.paths), 0) or count != len(file.tensors):
+        raise BlockffnError(
+            f"{target}: expected the {shown(parts)} parts of a split model with {shown(count)} tensors, found "
+            f"{len(file.paths)} with {len(file.tensors)}; name the first part by the name that it was written under"
+        )
+    keys = {name: file.get(name) for name in SHARED_KEYS if file.get(name) is not None}
     missing = [names.key(name) for name in SHARED_KEYS if name not in keys and name not in OPTIONAL_KEYS]
     if missing:
         raise BlockffnError(f"{target}: {missing[0]} is missing: convert the target again")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    return Shared(
-        str(fields["general.name"].contents()) if "general.name" in fields else target.stem,
-        keys,
-        {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")},
-        lambda name: quants.dequantize(tensors[name].data, tensors[name].tensor_type),
-        names.OUTPUT not in tensors,
-    )
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    size = (keys[names.EMBEDDING_LENGTH], keys[names.VOCAB_SIZE])
+    tied = names.OUTPUT not in tensors
+    for name in (names.TOKEN_EMBD,) if tied else (names.TOKEN_EMBD, names.OUTPUT):
+        if name not in tensors or tensors[name].shape != size:
+            found = list(tensors[name].shape) if name in tensors else "nothing"
+            raise BlockffnError(f"{target}: {name}: expected {list(size)}, found {found}: convert the target again")
+        if tensors[name].type not in ("F32", "F16", "BF16"):
+            note(
+                f"{name} comes from {tensors[name].type} of {target.name}, with its rounding; name the checkpoint of "
+                "the target, or a file in F16 or BF16, to keep it exact"
+            )
+    tokenizer = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    if len(tokenizer.get("tokenizer.ggml.tokens", ())) != keys[names.VOCAB_SIZE]:
+        raise BlockffnError(f"{target}: expected {keys[names.VOCAB_SIZE]} tokens in its tokenizer: convert it again")
+    for key, value in tokenizer.items():
+        if key.endswith("precompiled_charsmap"):
+            tokenizer[key] = bytes(value)
+
+    def load(name: str) -> Array:
+        try:
+            return tensors[name].read()
+        except NotImplementedError as error:
+            raise BlockffnError(f"{target}: {name}: {error}; take a target in another type") from error
+
+    return Shared(str(file.metadata.get("general.name", target.stem)), keys, tokenizer, load, tied)
 
 
 def _read_shape(head: Checkpoint, n_embd: int) -> HeadShape:
     def number(key: str) -> int:
         value = head.config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_INTEGER:
             raise BlockffnError(
-                f"{head.folder}/config.json: {key}: expected a positive number, found {value!r}; it says the shape of "
-                "the head"
+                f"{head.folder}/config.json: {key}: expected a positive number, found {shown(value)}; it says the "
+                "shape of the head"
             )
         return value
 
@@ -200,8 +234,7 @@ def _expected(shape: HeadShape, n_embd: int) -> Iterator[tuple[str, str, tuple[i
 
 def _head_tensors(head: Checkpoint, shape: HeadShape, n_embd: int, kind: str) -> list[PlannedTensor]:
     plan = []
-    expected = list(_expected(shape, n_embd))
-    for source, name, size in expected:
+    for source, name, size in _expected(shape, n_embd):  # ends at the first layer that is not there
         found = head.tensors.get(source)
         if found is None or tuple(found.shape) != size:
             have = "none" if found is None else " x ".join(map(str, found.shape))
@@ -210,7 +243,7 @@ def _head_tensors(head: Checkpoint, shape: HeadShape, n_embd: int, kind: str) ->
                 "is incomplete or of another shape than its config.json says"
             )
         plan.append(PlannedTensor(name, size, _type(size, kind), source, _loader(head, source)))
-    known = {source for source, _, _ in expected}
+    known = {tensor.source for tensor in plan}
     for name in sorted(set(head.tensors) - known):
         if not IGNORED.fullmatch(name):
             raise BlockffnError(f"{head.folder}: unknown tensor {name}: expected the tensors of an EAGLE-2 head only")

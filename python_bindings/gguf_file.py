@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, quants
 from gguf.gguf_reader import ReaderField
 
 from blockffn.errors import BlockffnError
@@ -24,13 +24,22 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: ggml shape (fastest dimension first), type name as in gguf ("Q4_0"), elements, bytes."""
+    """One tensor: ggml shape (fastest dimension first), type name as in gguf ("Q4_0"), elements, bytes, and where the
+    bytes lie."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     n_elements: int
     n_bytes: int
+    file: Path
+    offset: int  # of the first byte in the file
+
+    def read(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the values as float32, in torch order (rows first); NotImplementedError where gguf cannot."""
+        raw = np.asarray(np.memmap(self.file, np.uint8, "r", self.offset, (self.n_bytes,)))
+        rows = raw.reshape(self.n_elements // self.shape[0], -1)
+        return quants.dequantize(rows, GGMLQuantizationType[self.type]).reshape(self.shape[::-1])
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,10 @@ class _Reader(GGUFReader):
 
     The vocabulary arrays of a model (scores and types of 122,753 tokens) take it seconds value by value.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(path)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
@@ -101,7 +114,9 @@ class _Reader(GGUFReader):
             end = start_offs + int(offset[0]) + n_bytes
             if end > len(self.data):
                 raise ValueError(f"tensor {name} ends at byte {end}, the file has {len(self.data)}")
-            self.infos.append(TensorInfo(name, shape, kind.name, n_elements, n_bytes))
+            self.infos.append(
+                TensorInfo(name, shape, kind.name, n_elements, n_bytes, self.path, start_offs + int(offset[0]))
+            )
 
     def values(self) -> dict[str, Any]:
         """Return every key with a plain Python value (arrays as lists)."""
