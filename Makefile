@@ -83,8 +83,8 @@ test: setup
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PY) tests/mypy_tree.py
 	$(VENV)/bin/mypy
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*.h ggml-ops/*.c ggml-ops/*.cpp)
 
 bench: setup

@@ -74,7 +74,7 @@ def stage(built: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "build_wheel.py")
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
     (folder / "setup.py").write_text(SETUP)

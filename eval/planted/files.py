@@ -21,10 +21,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from blockffn.errors import BlockffnError
+from blockffn.eval.environment import ROOT
 from blockffn.eval.planted import model as planted
 from blockffn.eval.planted.model import PlantedShape
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "planted"
+CACHE = ROOT / "build" / "planted"
 SHARD_BYTES = 400 << 20
 SUFFIX = {"expert": "", "dense": "-dense"}  # of the file, by layout
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of SentencePiece pieces
