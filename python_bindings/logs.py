@@ -62,6 +62,11 @@ def install(verbose: bool | None = None) -> None:
         low_level.llama_log_set(_Sink.callback, ctypes.c_void_p(0))
 
 
+def verbose() -> bool:
+    """Does llama.cpp's log go to stderr?"""
+    return _Sink.verbose
+
+
 @contextlib.contextmanager
 def collect() -> Iterator[Lines]:
     """Collect the warnings and errors that llama.cpp logs inside the block."""

@@ -41,7 +41,7 @@ def write_llama(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_embd // n_head)
     writer.add_vocab_size(N_VOCAB)
-    _add_vocabulary(writer, vocab_edit or {})
+    add_vocabulary(writer, vocab_edit or {})
     head = n_embd // n_head
 
     def add(name: str, *shape: int, gain: float = 1.0) -> None:
@@ -71,7 +71,8 @@ def write_llama(
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, edit: dict[int, bytes]) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, edit: dict[int, bytes]) -> None:
+    """Add bytes and special tokens, some of them with other texts."""
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
     for token, text in edit.items():
         tokens[token] = text

@@ -36,8 +36,8 @@ class Context:
 class Drafter:
     """Base of all drafters: proposes nothing. Subclasses override what they need.
 
-    A drafter serves one model at a time, the last one that it was attached to. The model closes it with itself; one
-    that was replaced by another drafter is left to its owner. One that holds native memory defines `__reduce__`, so
+    A drafter serves one model at a time, the last one that it was given to, which closes it with itself. One that was
+    replaced by another drafter is left to its owner. One that holds native memory defines `__reduce__`, so
     that copies of the model get a fresh one.
     """
 
@@ -46,6 +46,7 @@ class Drafter:
     max_nodes = 16  # the largest draft that is worth asking for
     max_chain = 16  # the longest chain among them
     wants_hidden = False  # does `hidden` have to be called?
+    serves: int | None = None  # id of the model that it was given to last; set by the model
 
     def attach(self, llm: Any) -> None:
         """Meet the target, a blockffn.Llama, before the first generation with it."""

@@ -87,7 +87,8 @@ class EagleDrafter(Drafter):
     def _open(self, llm: Any) -> None:
         levels = self.shape.iterations - 1  # evaluated beyond the first
         n_seq = max(1, levels * self.shape.top_k) if self.can_tree else 1
-        context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq)
+        n_batch = max(llm.context_params.n_batch, n_seq)  # llama.cpp wants room for an output of every sequence
+        context = open_context(self._model, llm, self.n_threads, n_seq_max=n_seq, n_batch=n_batch)
         if self._context is not None:
             self._context.close()
         self._context = context

@@ -78,7 +78,8 @@ class Speculative:
             used = drafter or Drafter()
             _check_fits(self, used)
             used.attach(self)
-            n_seq = max(self._sequences, used.max_nodes if used.can_tree else 1)
+            leaves = min(used.max_nodes, self.n_batch - 1)  # of the largest tree: it is verified in one batch
+            n_seq = max(self._sequences, leaves if used.can_tree else 1)
             flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
             if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
                 _replace_context(self, n_seq, exact)
@@ -89,6 +90,7 @@ class Speculative:
                 self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
             )
             policy = Policy(*limits(used), PLAIN if drafter is None else plan)
+            used.serves = id(self)
             self._loop = Loop(self, target, used, policy, _union_counter(self))
 
     @property
@@ -111,9 +113,9 @@ class Speculative:
         with self._lock:
             if self._loop is not None:
                 self._loop.abandon()
+                if self._loop.drafter.serves == id(self):
+                    self._loop.drafter.close()
                 self._loop = None
-            if self.drafter is not None:
-                self.drafter.close()
             super().close()  # type: ignore[misc]
 
     def eval(self: Any, tokens: Sequence[int]) -> None:
@@ -149,10 +151,10 @@ class Speculative:
 
     def load_state(self: Any, state: Any) -> None:
         """Go back to a saved state, as llama_cpp.Llama.load_state does; an open stream ends."""
-        if state.n_tokens > self.n_ctx():
+        if state.n_tokens > len(self.input_ids):
             raise BlockffnError(
-                f"load_state: the state holds {state.n_tokens} tokens, the context {self.n_ctx()}: load the model with "
-                f"n_ctx={state.n_tokens} or more"
+                f"load_state: the state holds {state.n_tokens} tokens, the context {len(self.input_ids)}: load the "
+                f"model with n_ctx={state.n_tokens} or more"
             )
         fitted = copy.copy(state)
         fitted.scores = np.zeros_like(self.scores[: state.n_tokens])

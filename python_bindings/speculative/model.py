@@ -149,7 +149,8 @@ def load_model(path: str) -> Any:
     logs.install()
     with logs.collect() as lines:
         try:
-            return internals.LlamaModel(path_model=path, params=api.llama_model_default_params(), verbose=False)
+            params = api.llama_model_default_params()
+            return internals.LlamaModel(path_model=path, params=params, verbose=logs.verbose())
         except ValueError as error:
             raise BlockffnError(f"{path}: {logs.reason(lines) or error}") from error
 

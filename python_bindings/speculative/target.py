@@ -77,7 +77,8 @@ class Target:
         try:
             self.truncate(n)
         except BlockffnError:
-            self.truncate(0)
+            self._api.llama_memory_clear(self._memory, True)
+            self._shared = 0
             return 0
         return n
 
