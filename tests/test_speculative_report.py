@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llama import N_VOCAB
 
+import blockffn
+from blockffn import cli
 from blockffn.commands.speculation import lines, summary
+from blockffn.speculative import Context, Draft, ScriptedDrafter, drafter
 from blockffn.speculative.stats import Statistics
 
 
@@ -76,3 +82,30 @@ def test_live_line_on_a_terminal(stock_model: Path, stats: bool) -> None:
     assert b"\x1b[1;23r" in shown and shown.index(b"\x1b[r") > shown.index(b"\x1b[1;23r")
     assert re.search(rb"\x1b\[24;1H\x1b\[7m[^\x1b]*drafted tokens accepted", shown)
     assert b"drafts " in shown.split(b"\x1b[r")[1]
+
+
+class Slow(ScriptedDrafter):
+    """Always wrong, and dear."""
+
+    def propose(self, context: Context, n: int) -> Draft:
+        time.sleep(0.02)
+        return super().propose(context, n)
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_switching_off_is_said_by_default(
+    command: str, stock_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drafter, "open_drafter", lambda *_: Slow([1], 0.0, N_VOCAB))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12345\n"))
+    arguments = ["-m", stock_model, "--draft", "ngram", "-n", 60, "--temp", 0, "-c", 256, "-t", 1]
+    arguments += ["-p", "12345"] if command == "run" else []
+    assert cli.main([command, *map(str, arguments)]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: speculation off")]
+    assert len(notes) == 1 and "tokens" in notes[0]
+
+
+def test_switching_off_is_in_the_result(stock_model: Path) -> None:
+    with blockffn.Llama(stock_model, drafter=Slow([1], 0.0, N_VOCAB), n_ctx=256, n_threads=1) as llm:
+        out = llm.create_completion("ab", max_tokens=60, temperature=0.0, logit_bias={2: -1000.0})["speculation"]
+        assert out["switched_off"] >= 1 and out["switched_off_reason"].startswith("speculation off: ")

@@ -16,7 +16,8 @@ from typing import Any
 
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench.plans import parse_plan
-from blockffn.speculative import Drafter, EagleDrafter, NGramDrafter, ScriptedDrafter, TreeShape
+from blockffn.speculative import Drafter, EagleDrafter, ScriptedDrafter, TreeShape
+from blockffn.speculative import drafter as drafters
 from blockffn.speculative.policy import Policy, limits
 from blockffn.speculative.scripted import CHILDREN
 
@@ -101,13 +102,8 @@ class Generation:
 
 def open_drafter(llm: Any, draft: str | None, scripted: bool, trees: bool) -> Drafter | None:
     """Return the drafter of a candidate."""
-    from blockffn.commands import common
-
     if scripted:
         beside = None if draft in (None, "scripted") else EagleDrafter(str(draft), llm, tree=SHAPE if trees else False)
         branch = CHILDREN if trees else 1
         return ScriptedDrafter([], 0.5, llm.n_vocab(), 0, branch, 31, depth=LEVELS, near=NEAR, beside=beside)
-    if draft is None or draft == "ngram":
-        return None if draft is None else NGramDrafter()
-    drafter: Drafter = common.open_drafter(draft, trees, llm)
-    return drafter
+    return drafters.open_drafter(draft, trees and draft != "ngram")

@@ -30,12 +30,12 @@ class Peer:
 
     def _ours(self, args: argparse.Namespace, options: dict[str, Any]) -> Any:
         import blockffn
-        from blockffn.commands.common import open_drafter
         from blockffn.eval.bench.plans import parse_plan
+        from blockffn.speculative.drafter import open_drafter
 
         llm = blockffn.Llama(args.model, ffn=args.ffn, **options)
         if args.draft:
-            llm.set_up_speculation(open_drafter(args.draft, args.tree, llm), plan=parse_plan(args.plan))
+            llm.set_up_speculation(open_drafter(args.draft, args.tree), plan=parse_plan(args.plan))
         return llm
 
     def _stock(self, args: argparse.Namespace, options: dict[str, Any]) -> Any:

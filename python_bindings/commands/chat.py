@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from blockffn.commands import common
-from blockffn.commands.speculation import Live, summary
+from blockffn.commands.speculation import Live, report_given_up, summary
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _ask() -> str | None:
 def _answer(llm: Llama, messages: list[Message], args: argparse.Namespace) -> str:
     """Stream the answer to the last message to stdout and return it; Ctrl-C ends it early."""
     parts: list[str] = []
+    given_up = llm.speculation()["switched_off"]
     chunk: dict[str, Any] = {}
     try:
         with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
@@ -81,6 +82,7 @@ def _answer(llm: Llama, messages: list[Message], args: argparse.Namespace) -> st
         raise BlockffnError(f"{error}; /clear forgets the conversation, --ctx-size raises the context") from error
     sys.stdout.write("\n")
     sys.stdout.flush()
+    report_given_up(llm.speculation(), given_up)
     if args.stats and llm.drafter is not None:
         print(f"[{summary(llm.speculation())}]", file=sys.stderr)
     return "".join(parts)

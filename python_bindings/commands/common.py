@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from blockffn import _capi, gguf_contract
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -31,7 +30,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ffn", choices=("union", "dense"), default="union", help="sparse op or every expert")
     parser.add_argument("--exact", action="store_true", help="speculative greedy text equals plain greedy text")
     parser.add_argument("--draft", metavar="ngram|PATH", help="speculate: n-grams, a draft model or an EAGLE head")
-    parser.add_argument("--tree", action="store_true", help="let an EAGLE head draft trees")
+    parser.add_argument(
+        "--tree", action=argparse.BooleanOptionalAction, help="may an EAGLE head draft trees? (default: it may)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the log of llama.cpp")
 
 
@@ -50,33 +51,18 @@ def open_model(args: argparse.Namespace) -> Llama:
     if args.tree and args.draft is None:
         raise BlockffnError("--tree: needs --draft with an EAGLE head")
     import blockffn
+    from blockffn.speculative import drafter
 
     llm: Llama = blockffn.Llama(
         args.model,
         n_ctx=args.ctx_size,
         n_threads=args.threads,
         ffn=args.ffn,
+        drafter=drafter.open_drafter(args.draft, args.tree),
         exact=args.exact,
         verbose=args.verbose,
     )
-    if args.draft is not None:
-        llm.set_up_speculation(open_drafter(args.draft, args.tree, llm), args.exact)
     return llm
-
-
-def open_drafter(what: str, tree: bool, llm: Llama) -> Any:
-    """Return the drafter for --draft: "ngram", a model file, or the file of an EAGLE head."""
-    import blockffn
-
-    if what == "ngram":
-        if tree:
-            raise BlockffnError("--tree: n-gram drafts are chains; use --draft with the file of an EAGLE head")
-        return blockffn.NGramDrafter()
-    if _capi.read_header(what).architecture == gguf_contract.ARCH_EAGLE:
-        return blockffn.EagleDrafter(what, llm, tree=tree)
-    if tree:
-        raise BlockffnError(f"--tree: {what} is a model, not an EAGLE head: a draft model proposes chains")
-    return blockffn.ModelDrafter(what)
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

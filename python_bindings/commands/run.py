@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockffn.commands import common
-from blockffn.commands.speculation import Live, lines, summary
+from blockffn.commands.speculation import Live, lines, report_given_up, summary
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
             _stream(text if args.echo else "", pieces, live)
+        report_given_up(llm.speculation())
         if args.stats:
             print_report(meter.report())
     finally:

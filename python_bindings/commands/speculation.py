@@ -55,6 +55,12 @@ def lines(figures: dict[str, Any]) -> list[str]:
     return found + ([_given_up(figures).removeprefix("; ")] if figures["switched_off"] else [])
 
 
+def report_given_up(figures: dict[str, Any], before: int = 0) -> None:
+    """Say on stderr why speculation was switched off, if it was more than `before` times."""
+    if figures["switched_off"] > before:
+        print(f"note: {figures['switched_off_reason']}", file=sys.stderr)
+
+
 def _given_up(figures: dict[str, Any]) -> str:
     times = figures["switched_off"]
     return f"; given up {times} time{'s' if times > 1 else ''}: plain decoding was faster" if times else ""

@@ -14,13 +14,15 @@ A drafter sees only verified text. The loop calls, for each generation::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from blockffn import _capi, gguf_contract
 from blockffn.errors import BlockffnError
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 
@@ -95,3 +97,36 @@ class LlamaDraftModelDrafter(Drafter):
     def propose(self, context: Context, n: int) -> Draft:
         """Return the first `n` tokens of its proposal."""
         return Draft.chain(np.asarray(self.draft_model(context.tokens), dtype=np.int32)[:n], self.name)
+
+
+DrafterLike = Drafter | str | Path  # a drafter, "ngram", or the file of a draft model or an EAGLE head
+
+
+def open_drafter(what: DrafterLike | Sequence[DrafterLike] | None, tree: bool | None = None) -> Drafter | None:
+    """Return the drafter that `what` names; a list gives the first of them that has a proposal (`Combination`).
+
+    tree: may the draft be a tree? None leaves that to the drafter: EAGLE heads draft trees. Nothing is loaded before a
+    model is given the drafter, but the header of a file. Raises BlockffnError for a file that is missing or no GGUF,
+    and for trees of what drafts chains.
+    """
+    from blockffn.speculative.combination import Combination
+    from blockffn.speculative.eagle import EagleDrafter
+    from blockffn.speculative.model import ModelDrafter
+    from blockffn.speculative.ngram import NGramDrafter
+
+    if what is None or isinstance(what, Drafter):
+        return what
+    if not isinstance(what, (str, Path)):
+        opened = [open_drafter(part, tree) for part in what]
+        return Combination([drafter for drafter in opened if drafter is not None])
+    if what == "ngram":
+        if tree:
+            raise BlockffnError("tree: n-gram drafts are chains: expected the file of an EAGLE head")
+        return NGramDrafter()
+    if not Path(what).is_file():
+        raise BlockffnError(f'drafter: {what}: no such file; expected "ngram", a draft model or an EAGLE head (GGUF)')
+    if _capi.read_header(what).architecture == gguf_contract.ARCH_EAGLE:
+        return EagleDrafter(what, tree=tree is not False)
+    if tree:
+        raise BlockffnError(f"tree: {what} is a model, and a draft model proposes chains: expected an EAGLE head")
+    return ModelDrafter(what)
