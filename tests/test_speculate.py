@@ -33,8 +33,8 @@ from blockffn.speculative import (
     generate,
     vocabulary,
 )
+from blockffn.speculative.decoder import Decoder
 from blockffn.speculative.policy import Plan
-from blockffn.speculative.target import Target
 
 PROMPT = [1, 50, 60, 70]
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_batch": 64}
@@ -198,16 +198,16 @@ def test_draft_models_of_llama_cpp(stock_model: Path) -> None:
 
 def test_threads_take_turns(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complete answers wait for each other; a stream that another one ended says so; evaluations never overlap."""
-    decode, at_once, most = Target._decode, [], []
+    decode, at_once, most = Decoder._decode, [], []
 
-    def watched(self: Target, first: int) -> None:
+    def watched(self: Decoder, first: int) -> None:
         at_once.append(first)
         most.append(len(at_once))
         time.sleep(0.0005)  # lets other threads in, as a larger model does
         decode(self, first)
         at_once.pop()
 
-    monkeypatch.setattr(Target, "_decode", watched)
+    monkeypatch.setattr(Decoder, "_decode", watched)
     llm.set_up_speculation(NGramDrafter((2, 1)), True, Plan(4))
 
     def answer() -> str:

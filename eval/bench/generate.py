@@ -45,7 +45,7 @@ class Generation:
 
     @property
     def target(self) -> Any:
-        """Return the model's side of the loop (blockffn.speculative.target.Target)."""
+        """Return the model's side of the loop (blockffn.speculative.decoder.Decoder)."""
         return self.llm.loop.target
 
     def forget(self) -> None:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
 from blockffn.gguf_contract import ARCH_EAGLE, DRAFT_TOKENS, key
+from blockffn.speculative.decoder import Decoder, Floats
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.model import load_model, not_attached, open_context
-from blockffn.speculative.target import Floats, Target
 from blockffn.speculative.tree import AUTHORS, TreeGrower, TreeShape
 from blockffn.speculative.vocabulary import check_same
 
@@ -51,7 +51,7 @@ class EagleDrafter(Drafter):
         self.max_nodes = self.shape.nodes if self.can_tree else self.max_chain
         self._model: Any = None
         self._context: Any = None
-        self._attached: Target | None = None
+        self._attached: Decoder | None = None
         if llm is not None:
             self.attach(llm)
 
@@ -93,13 +93,13 @@ class EagleDrafter(Drafter):
             self._context.close()
         self._context = context
         capacity, n_embd = int(context.params.n_batch), self._model.n_embd()
-        self._attached = Target(
+        self._attached = Decoder(
             context.ctx, self._model.n_vocab(), n_embd, capacity, n_seq, hidden=True, n_embd_input=n_embd
         )
         self._limit = llm.n_ctx()
 
     @property
-    def _head(self) -> Target:
+    def _head(self) -> Decoder:
         if self._attached is None:
             raise not_attached(self.path)
         return self._attached

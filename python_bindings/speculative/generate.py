@@ -40,11 +40,11 @@ import numpy as np
 
 from blockffn import library, logs
 from blockffn.errors import BlockffnError
+from blockffn.speculative.decoder import Decoder
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Loop, Sampling
 from blockffn.speculative.policy import PLAIN, Plan, Policy, limits
 from blockffn.speculative.rows import KeptRows, Rows
-from blockffn.speculative.target import Target
 
 library.load()
 import llama_cpp  # noqa: E402  only after `load`
@@ -86,7 +86,7 @@ class Speculative:
             elif exact != self.exact:
                 _set_exact(self._ctx.ctx, exact)
             self.exact, self.drafter, self._sequences = exact, drafter, n_seq
-            target = Target(
+            target = Decoder(
                 self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
             )
             policy = Policy(*limits(used), PLAIN if drafter is None else plan)

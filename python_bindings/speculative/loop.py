@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from blockffn.speculative.decoder import Decoder, Floats
 from blockffn.speculative.draft import EMPTY, ROOT, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.policy import Plan, Policy
 from blockffn.speculative.rows import KeptRows
 from blockffn.speculative.stats import Statistics
-from blockffn.speculative.target import Floats, Target
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Loop:
     def __init__(
         self,
         state: Any,
-        target: Target,
+        target: Decoder,
         drafter: Drafter,
         policy: Policy,
         union: Callable[[], float] | None = None,

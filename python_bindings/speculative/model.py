@@ -16,9 +16,9 @@ import numpy as np
 
 from blockffn import library, logs
 from blockffn.errors import BlockffnError
+from blockffn.speculative.decoder import Decoder, Floats
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.target import Floats, Target
 from blockffn.speculative.vocabulary import check_same
 
 
@@ -38,7 +38,7 @@ class ModelDrafter(Drafter):
         self.path, self.max_nodes, self.p_min, self.n_threads = str(path), max_nodes, p_min, n_threads
         self._model: Any = None
         self._context: Any = None
-        self._target: Target | None = None
+        self._target: Decoder | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.max_nodes, self.p_min, self.n_threads)
@@ -54,7 +54,7 @@ class ModelDrafter(Drafter):
         self.close_context()
         self._context = open_context(self._model, llm, self.n_threads)
         capacity = int(self._context.params.n_batch)
-        self._target = Target(self._context.ctx, self._model.n_vocab(), self._model.n_embd(), capacity)
+        self._target = Decoder(self._context.ctx, self._model.n_vocab(), self._model.n_embd(), capacity)
         self._text = np.empty(llm.n_ctx() + 1, dtype=np.int32)
         self.reset()
 
@@ -110,7 +110,7 @@ class ModelDrafter(Drafter):
         row: Floats = target.logits(1)[0]
         return row
 
-    def _attached(self) -> Target:
+    def _attached(self) -> Decoder:
         if self._target is None:
             raise not_attached(self.path)
         return self._target
