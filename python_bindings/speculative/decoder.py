@@ -1,9 +1,9 @@
 """A llama_context with its cache and its batch: evaluate tokens, read rows, keep the accepted path in the cache.
 
 The target, a draft model and a draft head each have one. One leaf of a tree is one sequence of the cache. The root
-belongs to all sequences; a node belongs to the sequences of the leaves at or below it, so that it sees its ancestors and
-nothing else. Text and chains lie in the first sequence. Before a tree is verified, the other sequences are given what
-they lack of the text; only while it is verified do they differ otherwise. Nothing outside this file knows that.
+belongs to all sequences; a node belongs to the sequences of the leaves at or below it, so that it sees its ancestors
+and nothing else. Text and chains lie in the first sequence. Before a tree is verified, the other sequences are given
+what they lack of the text; only while it is verified do they differ otherwise. Nothing outside this file knows that.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blockffn.errors import BlockffnError
 from blockffn.speculative.draft import Draft, Tokens
 
 Floats = npt.NDArray[np.float32]
+MOST_VIEWS = 256
 REASONS = {1: "the context is full", 2: "aborted", -1: "llama.cpp refuses the batch (a token outside the vocabulary?)"}
 
 
-def rows_at(pointer: Any, rows: int, columns: int) -> Floats:
-    """Return a view of `rows` x `columns` floats at a C pointer; valid until the next evaluation."""
-    address = ctypes.cast(pointer, ctypes.c_void_p).value
+def rows_at(address: int | None, rows: int, columns: int) -> Floats:
+    """Return a view of `rows` x `columns` floats at an address; valid until the next evaluation."""
     if not address:
         raise BlockffnError("llama.cpp returned no rows for the last evaluation")
     flat = (ctypes.c_float * (rows * columns)).from_address(address)
@@ -51,6 +51,8 @@ class Decoder:
         alone: bool = False,
     ) -> None:
         self._api = library.load()
+        from llama_cpp import llama_cpp_ext
+
         self.ctx, self.n_vocab, self.n_embd, self.n_seq = ctx, n_vocab, n_embd, n_seq
         self._memory = self._api.llama_get_memory(ctx)
         self.batch = Batch(capacity, n_seq, n_embd_input, alone)
@@ -58,7 +60,10 @@ class Decoder:
         self._leaves: npt.NDArray[np.int32] | None = None
         self.first = 0  # position of the first token of the last evaluation
         self._pack = _pack_function(self._api._lib)
-        self._nextn = _nextn_function(ctx, hidden)
+        self._logits_address = _address_function(self._api.llama_get_logits)
+        self._hidden_address = _address_function(llama_cpp_ext.llama_get_embeddings_nextn)
+        self._views: dict[tuple[int | None, int, int], Floats] = {}  # a step asks for the same few again and again
+        llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
         self.evaluated = 0  # tokens of the last evaluation
 
     def begin(self) -> None:
@@ -130,11 +135,20 @@ class Decoder:
 
     def logits(self, rows: int) -> Floats:
         """Return the logits of the last evaluation, float32 [rows, n_vocab]; waits for the evaluation to end."""
-        return rows_at(self._api.llama_get_logits(self.ctx), rows, self.n_vocab)
+        return self._view(self._logits_address(self.ctx), rows, self.n_vocab)
 
     def hidden(self) -> Floats:
         """Return the states after the final norm of the last evaluation's tokens, float32 [evaluated, n_embd]."""
-        return rows_at(self._nextn(self.ctx), self.evaluated, self.n_embd)
+        return self._view(self._hidden_address(self.ctx), self.evaluated, self.n_embd)
+
+    def _view(self, address: int | None, rows: int, columns: int) -> Floats:
+        """Return `rows_at`, made once for each place and shape."""
+        key = address, rows, columns
+        if key not in self._views:
+            if len(self._views) >= MOST_VIEWS:  # llama.cpp has moved its outputs
+                self._views.clear()
+            self._views[key] = rows_at(*key)
+        return self._views[key]
 
     def keep(self, path: list[int], nodes: int) -> None:
         """Of the draft just evaluated keep the root and the nodes of `path`, forget the rest."""
@@ -262,9 +276,8 @@ def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | Non
     return cast(Callable[[int, int, int], bool], native)
 
 
-def _nextn_function(ctx: int, hidden: bool) -> Callable[[int], Any]:
-    """Switch the output of hidden states for every token on or off; return the function that points to them."""
-    from llama_cpp import llama_cpp_ext
-
-    llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
-    return cast(Callable[[int], Any], llama_cpp_ext.llama_get_embeddings_nextn)
+def _address_function(native: Any) -> Callable[[int], int | None]:
+    """Return a function of libllama that gives a pointer, as one that gives the address: a number costs less."""
+    address = ctypes.cast(native, ctypes.c_void_p).value
+    assert address is not None
+    return cast("Callable[[int], int | None]", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address))
