@@ -28,8 +28,12 @@ def write_llama(
     scale: float = 1.0,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     vocab_edit: dict[int, bytes] | None = None,
+    n_vocab: int = N_VOCAB,
 ) -> Path:
-    """Write one model file; `kind` is the type of the matrices; `vocab_edit` replaces token texts."""
+    """Write one model file; `kind` is the type of the matrices; `vocab_edit` replaces token texts.
+
+    Tokens beyond N_VOCAB are words that no text of the tests holds.
+    """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
@@ -40,8 +44,8 @@ def write_llama(
     writer.add_head_count_kv(n_head_kv)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_embd // n_head)
-    writer.add_vocab_size(N_VOCAB)
-    add_vocabulary(writer, vocab_edit or {})
+    writer.add_vocab_size(n_vocab)
+    add_vocabulary(writer, vocab_edit or {}, n_vocab)
     head = n_embd // n_head
 
     def add(name: str, *shape: int, gain: float = 1.0) -> None:
@@ -51,7 +55,7 @@ def write_llama(
         else:
             writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
 
-    add("token_embd.weight", N_VOCAB, n_embd, gain=np.sqrt(n_embd))
+    add("token_embd.weight", n_vocab, n_embd, gain=np.sqrt(n_embd))
     for i in range(n_layer):
         writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(n_embd, dtype=np.float32))
         writer.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(n_embd, dtype=np.float32))
@@ -63,7 +67,7 @@ def write_llama(
         add(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
         add(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
     writer.add_tensor("output_norm.weight", np.ones(n_embd, dtype=np.float32))
-    add("output.weight", N_VOCAB, n_embd, gain=3.0 * scale)
+    add("output.weight", n_vocab, n_embd, gain=3.0 * scale)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -71,15 +75,17 @@ def write_llama(
     return path
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, edit: dict[int, bytes]) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, edit: dict[int, bytes], n_vocab: int = N_VOCAB) -> None:
     """Add bytes and special tokens, some of them with other texts."""
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
     for token, text in edit.items():
         tokens[token] = text
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, *[gguf.TokenType.BYTE] * 256]
+    words = [f"word{token}".encode() for token in range(N_VOCAB, n_vocab)]
+    tokens, kinds = tokens + words, kinds + [gguf.TokenType.NORMAL] * len(words)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_scores([0.0] * n_vocab)
     writer.add_token_types([int(kind) for kind in kinds])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
