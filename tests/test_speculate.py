@@ -31,7 +31,6 @@ from blockffn.speculative import (
     NGramDrafter,
     TreeShape,
     generate,
-    vocabulary,
 )
 from blockffn.speculative.decoder import Decoder
 from blockffn.speculative.policy import Plan
@@ -295,8 +294,8 @@ def test_models_whose_memory_cannot_be_cut(tmp_path: Path) -> None:
 
 def test_vocabularies_are_read_once(llm: Any, stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    texts = vocabulary.texts
-    monkeypatch.setattr(vocabulary, "texts", lambda model, n: (read.append(n), texts(model, n))[1])
+    texts = native.texts
+    monkeypatch.setattr(native, "texts", lambda model, n: (read.append(n), texts(model, n))[1])
     drafter = ModelDrafter(stock_model)
     for _ in range(3):
         llm.set_up_speculation(drafter, True)

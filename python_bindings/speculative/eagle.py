@@ -24,9 +24,8 @@ from blockffn.gguf_contract import ARCH_EAGLE, DRAFT_TOKENS, key
 from blockffn.speculative.decoder import Decoder, Floats
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.model import load_model, not_attached, open_context
+from blockffn.speculative.native import check_same, load_model, not_attached, open_context
 from blockffn.speculative.tree import AUTHORS, TreeGrower, TreeShape
-from blockffn.speculative.vocabulary import check_same
 
 
 class EagleDrafter(Drafter):

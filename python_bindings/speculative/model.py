@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from blockffn import library, logs
+from blockffn import library
 from blockffn.errors import BlockffnError
 from blockffn.speculative.decoder import Decoder, Floats
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.vocabulary import check_same
+from blockffn.speculative.native import check_same, load_model, not_attached, open_context
 
 
 class ModelDrafter(Drafter):
@@ -132,47 +132,3 @@ class ModelDrafter(Drafter):
 def probability(logits: Floats, token: int) -> float:
     """Return the softmax probability of one token."""
     return 1.0 / float(np.exp(logits - logits[token]).sum())
-
-
-def not_attached(path: str) -> BlockffnError:
-    """Return the error of a drafter that is used before it met a model, or after that model was closed."""
-    return BlockffnError(f"{path}: this drafter was closed, or met no model yet: give it to a blockffn.Llama")
-
-
-def load_model(path: str) -> Any:
-    """Load a GGUF as llama_cpp's internal LlamaModel; BlockffnError with llama.cpp's reason when it cannot be."""
-    api = library.load()
-    from llama_cpp import _internals as internals
-
-    if not Path(path).is_file():
-        raise BlockffnError(f"{path}: no such file")
-    logs.install()
-    with logs.collect() as lines:
-        try:
-            params = api.llama_model_default_params()
-            return internals.LlamaModel(path_model=path, params=params, verbose=logs.verbose())
-        except ValueError as error:
-            raise BlockffnError(f"{path}: {logs.reason(lines) or error}") from error
-
-
-def open_context(model: Any, llm: Any, n_threads: int | None, **changes: Any) -> Any:
-    """Make a context for a drafter: as long as the target's and with its threads, unless told otherwise."""
-    api = library.load()
-    from llama_cpp import _internals as internals
-
-    params = api.llama_context_default_params()
-    theirs = llm.context_params
-    params.n_ctx = llm.n_ctx()
-    params.n_batch, params.n_ubatch = theirs.n_batch, theirs.n_ubatch
-    params.n_threads, params.n_threads_batch = n_threads or theirs.n_threads, n_threads or theirs.n_threads_batch
-    params.kv_unified = True
-    params.no_perf = True
-    for name, value in changes.items():
-        setattr(params, name, value)
-    with logs.collect() as lines:
-        try:
-            return internals.LlamaContext(model=model, params=params, verbose=False)
-        except ValueError as error:
-            raise BlockffnError(
-                f"{model.path_model}: no context of {params.n_ctx} tokens: {logs.reason(lines) or error}"
-            ) from error
