@@ -31,6 +31,7 @@ from blockffn.speculative import (
     NGramDrafter,
     TreeShape,
     generate,
+    native,
 )
 from blockffn.speculative.decoder import Decoder
 from blockffn.speculative.policy import Plan
