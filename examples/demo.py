@@ -98,7 +98,7 @@ def generate(name: str, path: Path, drafter: Any) -> Run:
     llm = blockffn.Llama(path, n_ctx=512, exact=True)
     try:
         used = blockffn.EagleDrafter(drafter, llm) if isinstance(drafter, Path) else drafter
-        llm.set_up_speculation(used, exact=True)
+        llm.speculate(used, exact=True)
         llm.create_completion("warm up", max_tokens=8, temperature=0.0)
         run = Run(name, [], 0.0, 0, 0, 0, 0)
         for prompt in PROMPTS:

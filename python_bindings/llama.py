@@ -1,18 +1,28 @@
 """The model class: llama_cpp.Llama on the patched library, with what BlockFFN models need beside it.
 
 >>> import blockffn
->>> llm = blockffn.Llama("model.gguf", n_ctx=2048)                        # doctest: +SKIP
+>>> llm = blockffn.Llama("model.gguf", n_ctx=2048, drafter="ngram")       # doctest: +SKIP
 >>> llm.create_completion("def add(a, b):", max_tokens=16)["choices"]     # doctest: +SKIP
 >>> llm.active_experts(llm.tokenize(b"import os")).mean()                 # doctest: +SKIP
 0.19
+
+Tokens come from the draft and verify loop (blockffn.speculative.loop), plain ones too: from a drafter that proposes
+nothing. So `generate` and `eval` are replaced, what reads or replaces the cache, and the rows that log-probabilities
+are read from. Everything above them stays llama_cpp's own: text, stop strings, streaming, echo, chat formats.
+
+Threads: one call at a time. A call waits for the one that runs in another thread: a complete answer, an evaluation, or
+one chunk of a stream. Between two chunks nothing is held: whoever starts a generation then ends the open one, and its
+next chunk raises RuntimeError.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -25,64 +35,30 @@ from blockffn import _capi, gguf_contract, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.evaluation import Evaluator
 from blockffn.threads import physical_cores
+from blockffn.union_stats import UnionStats
 
 library.load()
 import llama_cpp  # noqa: E402  only after `load`
 
 from blockffn.pieces import PieceTokenizer  # noqa: E402
-from blockffn.speculative.drafter import Drafter, LlamaDraftModelDrafter  # noqa: E402
-from blockffn.speculative.generate import Speculative  # noqa: E402
+from blockffn.speculative import target  # noqa: E402
+from blockffn.speculative.decoder import Decoder  # noqa: E402
+from blockffn.speculative.drafter import Drafter, DrafterLike, LlamaDraftModelDrafter, open_drafter  # noqa: E402
+from blockffn.speculative.loop import Loop, Sampling  # noqa: E402
+from blockffn.speculative.policy import PLAIN, Plan, Policy, limits  # noqa: E402
+from blockffn.speculative.rows import KeptRows, Rows  # noqa: E402
 
 DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
 FFN_KINDS = ("union", "dense")
 
 
-@dataclass(frozen=True)
-class UnionStats:
-    """What the routed experts of each MoE layer cost since the last reset, arrays of length n_moe_layers.
-
-    evaluations: batches that passed the layer; n_tokens: tokens in them; active_pairs: (token, expert) pairs computed;
-    union_size: experts needed by at least one token of a batch, summed over the batches.
-    """
-
-    evaluations: npt.NDArray[np.int64]
-    n_tokens: npt.NDArray[np.int64]
-    active_pairs: npt.NDArray[np.int64]
-    union_size: npt.NDArray[np.int64]
-    n_experts: int
-
-    def __sub__(self, earlier: UnionStats) -> UnionStats:
-        """Return what happened between two readings."""
-        return UnionStats(
-            self.evaluations - earlier.evaluations,
-            self.n_tokens - earlier.n_tokens,
-            self.active_pairs - earlier.active_pairs,
-            self.union_size - earlier.union_size,
-            self.n_experts,
-        )
-
-    @property
-    def token_sparsity(self) -> float:
-        """TLS: 1 - mean share of experts active for one token, mean over layers; nan before any token."""
-        return 1.0 - self._share(self.active_pairs, self.n_tokens)
-
-    @property
-    def union_share(self) -> float:
-        """Mean share of the experts that one evaluation loads, mean over layers; nan before any evaluation."""
-        return self._share(self.union_size, self.evaluations)
-
-    def _share(self, part: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> float:
-        if not len(times) or not times.all():
-            return float("nan")
-        return float((part / (times * self.n_experts)).mean())
-
-
-class Llama(Speculative, llama_cpp.Llama):
+class Llama(llama_cpp.Llama):
     """llama_cpp.Llama with the router's choices, memory-bounded evaluation and working speculative decoding.
 
     Beyond the arguments of llama_cpp.Llama:
-    drafter: proposes tokens that are verified in one batch (NGramDrafter, ModelDrafter, EagleDrafter); results carry
-        ``out["speculation"]``. One that needs the model (EagleDrafter) is set later, with `set_up_speculation`.
+    drafter: what proposes tokens that are verified in one batch: "ngram", the file of a draft model or an EAGLE head, a
+        blockffn.speculative.Drafter, or a list of these, of which the first that has a proposal is asked. Results, and
+        the last chunk of a stream, carry ``out["speculation"]``. `speculate` sets another one.
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
     draft_model: a llama_cpp.llama_speculative.LlamaDraftModel, as llama_cpp.Llama takes it; used like a drafter.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
@@ -93,12 +69,17 @@ class Llama(Speculative, llama_cpp.Llama):
     """
 
     _evaluator: Evaluator | None = None
+    _loop: Loop | None = None
+    _sequences = 1  # of the cache; more than one for trees
+    _next_rows: KeptRows | None = None  # where the next generation copies its logits to
+    drafter: Drafter | None = None
+    exact: bool = False
 
     def __init__(
         self,
         model_path: str | Path,
         *,
-        drafter: Drafter | None = None,
+        drafter: DrafterLike | Sequence[DrafterLike] | None = None,
         exact: bool = False,
         draft_model: Any = None,
         ffn: str = "union",
@@ -115,6 +96,7 @@ class Llama(Speculative, llama_cpp.Llama):
             raise BlockffnError(f"ffn: expected one of {', '.join(FFN_KINDS)}, found {ffn!r}")
         if drafter is not None and draft_model is not None:
             raise BlockffnError("drafter and draft_model: expected one of them, found both")
+        opened = open_drafter(drafter) if draft_model is None else LlamaDraftModelDrafter(draft_model)
         overrides = dict(kv_overrides or {})
         if ffn == "dense":
             overrides[gguf_contract.key(gguf_contract.FFN_DENSE)] = True
@@ -139,17 +121,28 @@ class Llama(Speculative, llama_cpp.Llama):
             self.tokenizer_ = PieceTokenizer(self)
         self.ffn = ffn
         self.default_cache = kwargs.get("type_k") is None and kwargs.get("type_v") is None
-        self.set_up_rows()
-        self.set_up_speculation(drafter if draft_model is None else LlamaDraftModelDrafter(draft_model), exact)
+        self._all_rows = KeptRows(self._n_vocab, memory=self.scores) if self._logits_all else None
+        self.logits_all, self._logits_all = self._logits_all, True  # log-probabilities need no logits_all here
+        if not self.logits_all:  # llama_cpp reserves n_batch rows
+            self.scores = np.zeros((1, self._n_vocab), dtype=np.float32)
+        self.speculate(opened, exact)
 
     def close(self) -> None:
-        """Free the model, its drafter and everything that was made from it; ``with`` does so at its end."""
+        """Free the model, its drafter and everything that was made from it; ``with`` does so at its end.
+
+        A generator that is still open ends quietly.
+        """
         if not hasattr(self, "_stack"):  # the constructor refused its arguments
             return
         with self._lock:
             if self._evaluator is not None:
                 self._evaluator.close()
                 self._evaluator = None
+            if self._loop is not None:
+                self._loop.abandon()
+                if self._loop.drafter.serves == id(self):
+                    self._loop.drafter.close()
+                self._loop = None
             super().close()
 
     def __enter__(self) -> Llama:
@@ -171,6 +164,218 @@ class Llama(Speculative, llama_cpp.Llama):
         if self.default_cache:
             state |= {"type_k": None, "type_v": None}
         return state
+
+    def speculate(
+        self,
+        drafter: DrafterLike | Sequence[DrafterLike] | None,
+        exact: bool | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """Use another drafter from now on, as the constructor takes it; an open stream ends.
+
+        exact: None keeps the mode. `plan` fixes the draft of every step, for experiments. The llama_context is replaced
+        by another one of the same model, and the text forgotten, when trees need sequences or exact mode needs flash
+        attention. If anything fails, model and drafter stay as they were.
+        """
+        opened, exact = open_drafter(drafter), self.exact if exact is None else exact
+        with self._lock:
+            if self._loop is not None:
+                self._loop.end()
+            used = opened or Drafter()
+            target.check_fits(self, used)
+            used.attach(self)
+            leaves = min(used.max_nodes, self.n_batch - 1)  # of the largest tree: it is verified in one batch
+            n_seq = max(self._sequences, leaves if used.can_tree else 1)
+            flash = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if n_seq > self._sequences or (exact and self.context_params.flash_attn_type != flash):
+                target.replace_context(self, n_seq, exact)
+            elif exact != self.exact:
+                target.set_exact(self._ctx.ctx, exact)
+            self.exact, self.drafter, self._sequences = exact, opened, n_seq
+            used.serves = id(self)
+            decoder = Decoder(
+                self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
+            )
+            policy = Policy(*limits(used), PLAIN if opened is None else plan)
+            self._loop = Loop(self, decoder, used, policy, target.union_counter(self))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the drafts of the last generation were worth (see blockffn.speculative.stats)."""
+        return self._running().statistics.as_dict()
+
+    def set_up_speculation(self, drafter: Drafter | None, exact: bool = False, plan: Plan | None = None) -> None:
+        """Call `speculate`: the old name, for one release."""
+        warnings.warn("set_up_speculation is now called speculate", DeprecationWarning, stacklevel=2)
+        self.speculate(drafter, exact, plan)
+
+    def speculation(self) -> dict[str, Any]:
+        """Call `statistics`: the old name, for one release."""
+        warnings.warn("speculation is now called statistics", DeprecationWarning, stacklevel=2)
+        return self.statistics()
+
+    @property
+    def loop(self) -> Loop:
+        """The draft and verify loop, for experiments: its target, drafter, policy and statistics."""
+        return self._running()
+
+    def _running(self) -> Loop:
+        if self._loop is None:
+            raise BlockffnError("this model was closed; load it again")
+        return self._loop
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after the current text, as llama_cpp.Llama.eval does."""
+        with self._lock:
+            loop = self._running()
+            loop.end()
+            loop.kept = self._all_rows
+            if len(tokens):
+                loop.evaluate(np.asarray(tokens, dtype=np.int32))
+            self._requires_eval = False
+
+    def reset(self) -> None:
+        """Forget the text, as llama_cpp.Llama.reset does; an open stream ends."""
+        with self._lock:
+            self._running().end()
+            super().reset()
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed texts, as llama_cpp.Llama.embed does; the conversation is forgotten, an open stream ends."""
+        with self._lock:
+            self._running().end()
+            return super().embed(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        """Return a llama_cpp.LlamaState of the verified text. Its `scores` are empty without logits_all."""
+        with self._lock:
+            self._running().settle()
+            state = super().save_state()
+            if not self.logits_all:
+                state.scores = np.empty((0, self._n_vocab), dtype=np.float32)
+            return state
+
+    def load_state(self, state: Any) -> None:
+        """Go back to a saved state, as llama_cpp.Llama.load_state does; an open stream ends."""
+        if state.n_tokens > len(self.input_ids):
+            raise BlockffnError(
+                f"load_state: the state holds {state.n_tokens} tokens, the context {len(self.input_ids)}: load the "
+                f"model with n_ctx={state.n_tokens} or more"
+            )
+        fitted = copy.copy(state)
+        fitted.scores = np.zeros_like(self.scores[: state.n_tokens])
+        known = min(len(fitted.scores), len(state.scores))
+        fitted.scores[:known] = state.scores[:known]
+        fitted.input_ids = self.input_ids.copy()
+        fitted.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        with self._lock:
+            loop = self._running()
+            loop.end()
+            try:
+                super().load_state(fitted)
+            except RuntimeError:  # llama.cpp refuses it, and may have changed the cache by then
+                self.n_tokens = loop.target.rewind(0)
+                raise
+            if self._all_rows is not None:
+                self._all_rows.known = known
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.80,
+        repeat_penalty: float = 1.0,
+        reset: bool = True,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        penalize_nl: bool = True,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        grammar: Any = None,
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Yield the tokens that follow a prompt until the context is full; arguments as in llama_cpp.Llama.generate."""
+        chain = {
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "temp": temp,
+            "repeat_penalty": repeat_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "tfs_z": tfs_z,
+            "mirostat_mode": mirostat_mode,
+            "mirostat_tau": mirostat_tau,
+            "mirostat_eta": mirostat_eta,
+            "penalize_nl": penalize_nl,
+            "logits_processor": logits_processor,
+            "grammar": grammar,
+        }
+        penalties = repeat_penalty != 1.0 or frequency_penalty != 0.0 or presence_penalty != 0.0
+        greedy = temp == 0.0 and not (penalties or logits_processor or grammar)
+        with self._lock:
+            loop = self._running()
+            self._sampler = None if greedy else self._init_sampler(**chain)
+            prompt = list(tokens) if reset else [*self._input_ids.tolist(), *tokens]
+            if not prompt:
+                raise BlockffnError("generate: the prompt is empty: expected at least one token")
+            sample = target.greedy if greedy else target.chain_sampler(self)
+            sampling = Sampling(sample, target.end_of_text(self), stopping_criteria)
+            kept, self._next_rows = self._next_rows or self._all_rows, None
+        yield from target.locked(self._lock, loop.run(prompt, sampling, kept))
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Add the statistics to llama_cpp's results, and keep the rows that log-probabilities need."""
+        kept = self._all_rows
+        if kept is None and kwargs.get("logprobs") is not None:
+            kept = KeptRows(self._n_vocab, prompt=bool(kwargs.get("echo")))
+        yield from target.locked(self._lock, self._results(kept, super()._create_completion(*args, **kwargs)))
+
+    def _results(self, kept: KeptRows | None, results: Iterator[Any]) -> Generator[Any, None, None]:
+        """Run one completion, which copies its logits to `kept`; free them at its end."""
+        self._next_rows = kept
+        try:
+            yield from self._with_statistics(results)
+        finally:
+            self._next_rows = None
+            if self._loop is not None and self._loop.kept is kept:
+                self._loop.kept = self._all_rows
+
+    @functools.wraps(llama_cpp.Llama.create_chat_completion)  # editors and wrappers see llama_cpp's signature
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Add the statistics to the answer, or to the last chunk of a stream: llama_cpp's chat formats drop them."""
+        with self._lock:
+            result = super().create_chat_completion(*args, **kwargs)
+            if isinstance(result, dict):
+                return {**result, "speculation": self.statistics()}
+        return target.locked(self._lock, self._with_statistics(result))
+
+    def _with_statistics(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
+        for chunk in chunks:
+            done = any(choice.get("finish_reason") is not None for choice in chunk["choices"])
+            yield {**chunk, "speculation": self.statistics()} if done else chunk
+
+    @property
+    def _scores(self) -> Any:
+        """The logits that llama_cpp reads, indexed by position: all, the kept ones, or those of the last token."""
+        loop = self._running()
+        if self.logits_all and loop.kept is self._all_rows:
+            return self.scores[: self.n_tokens]
+        if loop.kept is not None:
+            return loop.kept.rows()
+        rows = np.empty((0, self._n_vocab), dtype=np.float32) if loop.row is None else loop.row[None]
+        return Rows.of(rows, self.n_tokens - 1)
+
+    @property
+    def eval_logits(self) -> deque[list[float]]:
+        """The logits of all tokens with logits_all, of the last one otherwise."""
+        return deque(self._scores.tolist(), maxlen=self._n_ctx if self.logits_all else 1)
 
     @property
     def n_moe_layers(self) -> int:
@@ -227,7 +432,7 @@ def _checked_context(model_path: str | Path, n_ctx: int | None) -> int:
     if header.architecture == gguf_contract.ARCH_EAGLE:
         raise BlockffnError(
             f"{model_path}: this is a draft head ({header.architecture}), not a model: load the model it was made for "
-            f"and give it drafter=blockffn.EagleDrafter({str(model_path)!r}, llm)"
+            f"and give it drafter=blockffn.EagleDrafter({str(model_path)!r})"
         )
     if n_ctx is None:
         return min(header.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)

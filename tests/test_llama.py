@@ -159,12 +159,12 @@ def test_dense_and_union_graphs_agree(blockffn_model: Path, sparse: blockffn.Lla
 
 def test_completion_carries_statistics(llm: blockffn.Llama) -> None:
     llm.drafter = None
-    llm.set_up_speculation(blockffn.NGramDrafter())
+    llm.speculate(blockffn.NGramDrafter())
     out = llm.create_completion(TOKENS, max_tokens=5, temperature=0.0)
     assert out["usage"]["completion_tokens"] <= 5 and out["speculation"]["steps"] >= 1
     *_, last = llm.create_completion(TOKENS, max_tokens=5, temperature=0.0, stream=True)
     assert last["speculation"]["steps"] >= 1
-    llm.set_up_speculation(None)
+    llm.speculate(None)
 
 
 def test_detokenize_equals_llama_cpp(llm: blockffn.Llama) -> None:

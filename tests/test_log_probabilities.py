@@ -55,7 +55,7 @@ def log_probabilities(model: Any, **arguments: Any) -> list[dict[str, Any]]:
 def test_they_are_those_of_stock_llama_cpp(llm: Any, stock: Any, arguments: dict[str, Any]) -> None:
     expected = log_probabilities(stock, max_tokens=12, **arguments)
     for drafter, plan in drafters(llm):
-        llm.set_up_speculation(drafter, plan=plan)
+        llm.speculate(drafter, plan=plan)
         for _ in range(2):  # the second time the prompt is in the cache
             found = log_probabilities(llm, max_tokens=12, **arguments)
             assert len(found) == len(expected)

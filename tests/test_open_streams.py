@@ -56,7 +56,7 @@ def llm(request: pytest.FixtureRequest, place: Path, truth: dict[str, list[int]]
     beside = blockffn.EagleDrafter(place / "head.gguf", model) if "head" in request.param else None
     tree = "tree" in request.param
     drafter = ScriptedDrafter(truth["prompt"], 0.9, N_VOCAB, branch=3 if tree else 1, beside=beside)
-    model.set_up_speculation(drafter, True, Plan(8, True) if tree else Plan(5))
+    model.speculate(drafter, True, Plan(8, True) if tree else Plan(5))
     yield model
     model.close()
 
@@ -107,7 +107,7 @@ def test_a_saved_state(llm: Any, truth: dict[str, list[int]]) -> None:
         assert llm.n_tokens == state.n_tokens
         assert text(llm, truth["prompt"][: 4 + n], 10) == truth["prompt"][4 + n : 14 + n]
         if not llm.drafter.wants_hidden:
-            assert llm.speculation()["reused_n"] == state.n_tokens
+            assert llm.statistics()["reused_n"] == state.n_tokens
 
 
 def test_a_loaded_state(llm: Any, truth: dict[str, list[int]]) -> None:
@@ -182,7 +182,7 @@ def test_embeddings(place: Path) -> None:
     with blockffn.Llama(place / "target.gguf", **settings) as llm:
         expected = llm.embed("some text")
         plain = text(llm, PROMPT, 20)
-        llm.set_up_speculation(ScriptedDrafter(PROMPT + plain, 1.0, N_VOCAB), plan=Plan(5))
+        llm.speculate(ScriptedDrafter(PROMPT + plain, 1.0, N_VOCAB), plan=Plan(5))
         for n in (3, 5, 8):
             stream = llm.generate(PROMPT, temp=0.0)
             list(itertools.islice(stream, n))

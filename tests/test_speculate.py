@@ -30,10 +30,11 @@ from blockffn.speculative import (
     ModelDrafter,
     NGramDrafter,
     TreeShape,
-    generate,
     native,
+    target,
 )
 from blockffn.speculative.decoder import Decoder
+from blockffn.speculative.drafter import open_drafter
 from blockffn.speculative.policy import Plan
 
 PROMPT = [1, 50, 60, 70]
@@ -79,13 +80,13 @@ class Refusing(Drafter):
 )
 def test_a_drafter_that_is_refused_changes_nothing(llm: Any, drafter: Drafter, message: str) -> None:
     first = NGramDrafter((2, 1))
-    llm.set_up_speculation(first, True, Plan(4))
+    llm.speculate(first, True, Plan(4))
     expected = text(llm)
     with pytest.raises(BlockffnError, match=message):
-        llm.set_up_speculation(drafter, True)
+        llm.speculate(drafter, True)
     assert llm.drafter is first and llm.exact and llm.n_tokens > 0
     assert text(llm) == expected
-    assert llm.speculation()["reused_n"] == len(PROMPT) - 1
+    assert llm.statistics()["reused_n"] == len(PROMPT) - 1
 
 
 def test_a_context_that_cannot_be_made_leaves_the_old_one(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +100,12 @@ def test_a_context_that_cannot_be_made_leaves_the_old_one(llm: Any, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(_internals, "LlamaContext", refuse)
         with pytest.raises(BlockffnError, match=r"no context of 256 tokens with 16 sequences.*nothing was changed"):
-            llm.set_up_speculation(NGramDrafter(tree=True), True)
+            llm.speculate(NGramDrafter(tree=True), True)
     assert llm._ctx is context and llm.drafter is None
     assert text(llm) == expected
-    monkeypatch.setattr(generate, "_set_exact", lambda *_: refuse())
+    monkeypatch.setattr(target, "set_exact", lambda *_: refuse())
     with pytest.raises(ValueError, match="Failed"):
-        llm.set_up_speculation(NGramDrafter(tree=True), True)
+        llm.speculate(NGramDrafter(tree=True), True)
     assert llm._ctx is context and text(llm) == expected
 
 
@@ -114,9 +115,9 @@ def test_the_largest_tree_works_and_the_next_is_refused(place: Path, n_batch: in
     with blockffn.Llama(place / "target.gguf", **settings) as llm:
         expected = text(llm, 12)
         head = blockffn.EagleDrafter(place / "head.gguf", tree=TreeShape(2, 16, 257))
-        llm.set_up_speculation(head, True, Plan(256, tree=True))
+        llm.speculate(head, True, Plan(256, tree=True))
         assert text(llm, 12) == expected
-        assert max(llm.speculation()["steps_by_size"]) == largest
+        assert max(llm.statistics()["steps_by_size"]) == largest
     with pytest.raises(ValueError, match="size of at most 257"):
         TreeShape(3, 10, 400)
 
@@ -151,7 +152,7 @@ def test_closing_a_model_closes_its_drafter(stock_model: Path, place: Path) -> N
     assert drafter._context is None and drafter._model is None
     stream.close()
     llm.close()
-    for call in (lambda: text(llm), llm.reset, llm.save_state, llm.speculation, lambda: llm.logits([1])):
+    for call in (lambda: text(llm), llm.reset, llm.save_state, llm.statistics, lambda: llm.logits([1])):
         with pytest.raises(BlockffnError, match="closed"):
             call()
     with pytest.raises(BlockffnError, match="this drafter was closed, or met no model yet"):
@@ -169,8 +170,8 @@ def test_closing_a_model_closes_its_drafter(stock_model: Path, place: Path) -> N
 
 def test_a_drafter_that_is_replaced_stays_open(llm: Any, stock_model: Path) -> None:
     drafter = ModelDrafter(stock_model)
-    llm.set_up_speculation(drafter, True)
-    llm.set_up_speculation(None, True)
+    llm.speculate(drafter, True)
+    llm.speculate(None, True)
     assert drafter._model is not None
     drafter.close()
 
@@ -182,9 +183,9 @@ def test_draft_models_of_llama_cpp(stock_model: Path) -> None:
     with blockffn.Llama(stock_model, exact=True, **SETTINGS) as plain:
         expected = text(plain, 60)
     with blockffn.Llama(stock_model, draft_model=lookup, exact=True, **SETTINGS) as llm:
-        llm.set_up_speculation(llm.drafter, True, Plan(5))
+        llm.speculate(llm.drafter, True, Plan(5))
         assert text(llm, 60) == expected
-        found = llm.speculation()
+        found = llm.statistics()
         assert found["drafted"] > 0 and found["steps_by_source"].keys() == {"draft_model"}
         assert max(found["steps_by_size"]) <= 6
         assert llm.scores.shape == (1, N_VOCAB)  # llama_cpp would reserve all rows
@@ -208,7 +209,7 @@ def test_threads_take_turns(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         at_once.pop()
 
     monkeypatch.setattr(Decoder, "_decode", watched)
-    llm.set_up_speculation(NGramDrafter((2, 1)), True, Plan(4))
+    llm.speculate(NGramDrafter((2, 1)), True, Plan(4))
 
     def answer() -> str:
         return str(llm.create_completion("ab", max_tokens=25, temperature=0.0)["choices"][0]["text"])
@@ -264,12 +265,12 @@ def test_a_call_waits_for_the_running_one(llm: Any) -> None:
             time.sleep(0.01)
             return super().propose(context, n)
 
-    llm.set_up_speculation(Slow(), True, Plan(2))
+    llm.speculate(Slow(), True, Plan(2))
     thread = threading.Thread(target=llm.create_completion, args=(PROMPT,), kwargs={"max_tokens": 10, "temperature": 0})
     thread.start()
     assert started.wait(10)
     llm.reset()
-    assert llm.speculation()["predicted_n"] == 10 and llm.n_tokens == 0
+    assert llm.statistics()["predicted_n"] == 10 and llm.n_tokens == 0
     thread.join(10)
 
 
@@ -279,18 +280,18 @@ def test_models_whose_memory_cannot_be_cut(tmp_path: Path) -> None:
         first = text(llm)
         longer = PROMPT + first[:5]
         assert text(llm, 20, longer) == first[5:25]  # evaluated anew
-        assert llm.speculation()["reused_n"] == 0 and llm.speculation()["prompt_n"] == len(longer)
+        assert llm.statistics()["reused_n"] == 0 and llm.statistics()["prompt_n"] == len(longer)
         turn = longer + first[5:25] + [77, 78]
         second = text(llm, 5, turn)
-        assert llm.speculation()["reused_n"] == len(longer) + 19  # goes on where it stopped
+        assert llm.statistics()["reused_n"] == len(longer) + 19  # goes on where it stopped
         llm.reset()
         assert text(llm, 5, turn) == second
         with pytest.raises(BlockffnError, match=r"recurrent model cannot forget rejected tokens.*drafter=None"):
-            llm.set_up_speculation(NGramDrafter())
+            llm.speculate(NGramDrafter())
         assert text(llm) == first
     with blockffn.Llama(write_llama(tmp_path / "llama.gguf"), **SETTINGS) as target:
         with pytest.raises(BlockffnError, match=r"mamba.gguf: a recurrent model cannot draft"):
-            target.set_up_speculation(ModelDrafter(path))
+            target.speculate(ModelDrafter(path))
 
 
 def test_vocabularies_are_read_once(llm: Any, stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +300,7 @@ def test_vocabularies_are_read_once(llm: Any, stock_model: Path, monkeypatch: py
     monkeypatch.setattr(native, "texts", lambda model, n: (read.append(n), texts(model, n))[1])
     drafter = ModelDrafter(stock_model)
     for _ in range(3):
-        llm.set_up_speculation(drafter, True)
+        llm.speculate(drafter, True)
     assert read == [N_VOCAB, N_VOCAB]  # the draft model's and the target's
     drafter.close()
 
@@ -315,9 +316,67 @@ def test_editors_see_the_arguments_of_chat_completions() -> None:
 def test_a_drafter_leaves_the_log_as_it_was(stock_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with blockffn.Llama(stock_model, verbose=True, **SETTINGS) as llm:
         capfd.readouterr()
-        llm.set_up_speculation(ModelDrafter(stock_model))
+        llm.speculate(ModelDrafter(stock_model))
         assert "llama_model_loader" in capfd.readouterr().err
     with blockffn.Llama(stock_model, **SETTINGS) as llm:
         capfd.readouterr()
-        llm.set_up_speculation(ModelDrafter(stock_model))
+        llm.speculate(ModelDrafter(stock_model))
         assert capfd.readouterr().err == ""
+
+
+def test_drafters_by_name(place: Path, stock_model: Path) -> None:
+    target = place / "target.gguf"
+    with blockffn.Llama(target, drafter="ngram", exact=True, **SETTINGS) as llm:
+        assert isinstance(llm.drafter, NGramDrafter)
+        expected = text(llm, 12)
+        for what, kind in (
+            (place / "head.gguf", blockffn.EagleDrafter),
+            (str(target), ModelDrafter),
+            (["ngram", str(place / "head.gguf"), ModelDrafter(target)], Combination),
+            (NGramDrafter(tree=True), NGramDrafter),
+        ):
+            llm.speculate(what, plan=Plan(3))
+            assert type(llm.drafter) is kind and llm.exact  # the mode stays
+            assert text(llm, 12) == expected
+        assert not llm.drafter.wants_hidden
+        llm.speculate(None)
+        assert llm.drafter is None and text(llm, 12) == expected
+        llm.speculate("ngram", exact=False)
+        assert not llm.exact
+    with blockffn.Llama(target, drafter=["ngram", place / "head.gguf"], **SETTINGS) as llm:
+        assert llm.drafter.name == "ngram+eagle" and llm.drafter.can_tree
+        assert len(text(llm, 12)) == 12
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("ngarm", 'drafter: ngarm: no such file; expected "ngram", a draft model or an EAGLE head'),
+        (Path(__file__), "not a GGUF file"),
+        ([], "expected at least one drafter"),
+        (7, "drafter: expected .*found 7"),
+    ],
+)
+def test_names_of_no_drafter(stock_model: Path, what: Any, message: str) -> None:
+    with pytest.raises(BlockffnError, match=message):
+        blockffn.Llama(stock_model, drafter=what, **SETTINGS)
+
+
+def test_trees_by_name(place: Path, stock_model: Path) -> None:
+    assert open_drafter(place / "head.gguf").can_tree and open_drafter(place / "head.gguf", tree=True).can_tree
+    assert not open_drafter(place / "head.gguf", tree=False).can_tree
+    for what in ("ngram", stock_model):
+        assert not open_drafter(what).can_tree
+        with pytest.raises(BlockffnError, match="tree: "):
+            open_drafter(what, tree=True)
+
+
+def test_old_names_work_and_warn(llm: Any) -> None:
+    with pytest.warns(DeprecationWarning, match="set_up_speculation is now called speculate"):
+        llm.set_up_speculation(NGramDrafter(), True, Plan(2))
+    text(llm, 9)
+    with pytest.warns(DeprecationWarning, match="speculation is now called statistics"):
+        assert llm.speculation() == llm.statistics()
+    with pytest.warns(DeprecationWarning):
+        llm.set_up_speculation(NGramDrafter())
+    assert not llm.exact  # as it was: without an argument the mode is the default one

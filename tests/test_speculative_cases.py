@@ -50,10 +50,10 @@ def test_an_adapter_stays_when_trees_need_another_context(stock_model: Path, tmp
         assert adapted != without
         for truth, accepted in ((adapted, 20), (without, 0)):
             drafter = ScriptedDrafter(PROMPT + truth, 0.8, N_VOCAB, branch=3)
-            llm.set_up_speculation(drafter, True, Plan(12, tree=True))
+            llm.speculate(drafter, True, Plan(12, tree=True))
             assert llm._ctx is not context
             assert text(llm, 60) == adapted
-            assert llm.speculation()["tree_steps"] > 0 and llm.speculation()["accepted"] >= accepted
+            assert llm.statistics()["tree_steps"] > 0 and llm.statistics()["accepted"] >= accepted
 
 
 def test_a_large_vocabulary(tmp_path: Path) -> None:
@@ -63,15 +63,15 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
         plain = text(llm, 40)
         assert max(plain) > N_VOCAB
         for plan in (Plan(5), Plan(12, tree=True)):
-            llm.set_up_speculation(ScriptedDrafter(PROMPT + plain, 0.8, n_vocab, branch=3), True, plan)
-            assert text(llm, 40) == plain and llm.speculation()["accepted"] > 10
+            llm.speculate(ScriptedDrafter(PROMPT + plain, 0.8, n_vocab, branch=3), True, plan)
+            assert text(llm, 40) == plain and llm.statistics()["accepted"] > 10
         out = llm.create_completion(PROMPT, max_tokens=3, temperature=0.0, logprobs=1, logit_bias={2: -1000.0})
         for position, found in enumerate(out["choices"][0]["logprobs"]["token_logprobs"]):
             row = llm.logits(PROMPT + plain[:position])[-1]
             assert found == pytest.approx(np.log(probability(row, plain[position])), abs=0.02)
         drafter = ModelDrafter(path)
-        llm.set_up_speculation(drafter, True, Plan(4))
-        assert text(llm, 40) == plain and llm.speculation()["accepted"] > 20
+        llm.speculate(drafter, True, Plan(4))
+        assert text(llm, 40) == plain and llm.statistics()["accepted"] > 20
 
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
@@ -83,7 +83,7 @@ def test_sampled_tokens_have_the_models_distribution(stock_model: Path, tree: bo
         second = int(llm.logits([*PROMPT, first])[-1].argmax())
         truth = [*PROMPT, first, second, second, second]
         drafter = ScriptedDrafter(truth, 1.0, N_VOCAB, branch=3 if tree else 1)
-        llm.set_up_speculation(drafter, plan=Plan(3, tree))
+        llm.speculate(drafter, plan=Plan(3, tree))
         seen: dict[tuple[int, ...], dict[int, int]] = {}
         for seed in range(runs):
             llm.set_seed(seed)
@@ -91,7 +91,7 @@ def test_sampled_tokens_have_the_models_distribution(stock_model: Path, tree: bo
             for n in range(3):
                 counts = seen.setdefault(tuple(tokens[:n]), {})
                 counts[tokens[n]] = counts.get(tokens[n], 0) + 1
-        assert llm.speculation()["drafted"] > 0
+        assert llm.statistics()["drafted"] > 0
         tested = [before for before, counts in seen.items() if sum(counts.values()) >= 100]
         assert () in tested and (first,) in tested and any(before[:1] not in ((), (first,)) for before in tested)
         for before in tested:
@@ -117,9 +117,9 @@ def test_a_draft_model_stops_where_it_is_unsure(stock_model: Path) -> None:
         lengths = {}
         for p_min in (0.0, 0.3, 0.99):
             drafter = ModelDrafter(stock_model, max_nodes=4, p_min=p_min)
-            llm.set_up_speculation(drafter, True, Plan(4))
+            llm.speculate(drafter, True, Plan(4))
             assert text(llm, 60) == plain
-            lengths[p_min] = llm.speculation()["drafted"]
+            lengths[p_min] = llm.statistics()["drafted"]
         assert lengths[0.0] > lengths[0.3] > lengths[0.99]
         tokens = [*PROMPT, *plain[:20]]
         sure = ModelDrafter(stock_model, max_nodes=4, p_min=0.3)

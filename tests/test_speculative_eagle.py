@@ -136,16 +136,16 @@ def _paths(draft: Any) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("plan", [Plan(4), Plan(31, True), Plan(8, True), None], ids=str)
 def test_text_is_the_same_and_the_cache_in_step(llm: Any, place: Path, plan: Plan | None) -> None:
-    llm.set_up_speculation(None, True)
+    llm.speculate(None, True)
     plain = list(itertools.islice(llm.generate([1, 40, 41], temp=0.0), 120))
     head = blockffn.EagleDrafter(place / "head.gguf", llm)
-    llm.set_up_speculation(head, True, plan)
+    llm.speculate(head, True, plan)
     generator = llm.generate([1, 40, 41], temp=0.0)
     for n, token in enumerate(itertools.islice(generator, 120)):
         assert token == plain[n]
     generator.close()
     if plan is not None:
-        assert llm.speculation()["drafted"] > 200
+        assert llm.statistics()["drafted"] > 200
     known = head._rows + head._pending
     assert known == llm.n_tokens
     # what the head would draft now equals what a fresh head drafts from the same text
@@ -154,8 +154,8 @@ def test_text_is_the_same_and_the_cache_in_step(llm: Any, place: Path, plan: Pla
     assert fresh.propose(Context(tokens), 4).tokens.tolist() == head.propose(Context(tokens), 4).tokens.tolist()
     # a second turn reuses target and head
     second = list(itertools.islice(llm.generate([*tokens.tolist(), 99], temp=0.0), 20))
-    assert llm.speculation()["reused_n"] >= known - 1
-    llm.set_up_speculation(None, True)
+    assert llm.statistics()["reused_n"] >= known - 1
+    llm.speculate(None, True)
     llm.reset()
     assert list(itertools.islice(llm.generate([*tokens.tolist(), 99], temp=0.0), 20)) == second
     fresh.close()
@@ -165,7 +165,7 @@ def test_text_is_the_same_and_the_cache_in_step(llm: Any, place: Path, plan: Pla
 def test_long_prompts_reach_the_head_in_pieces(llm: Any, place: Path) -> None:
     prompt = np.random.default_rng(6).integers(3, N_VOCAB, 100).tolist()  # n_batch is 32
     head = blockffn.EagleDrafter(place / "head.gguf", llm)
-    llm.set_up_speculation(head, True, Plan(3))
+    llm.speculate(head, True, Plan(3))
     generator = llm.generate(prompt, temp=0.0)
     tokens = np.array([*prompt, next(generator)], dtype=np.int32)
     generator.close()
@@ -176,7 +176,7 @@ def test_long_prompts_reach_the_head_in_pieces(llm: Any, place: Path) -> None:
     assert fresh.propose(Context(tokens), 3).tokens.tolist() == drafted
     for drafter in (head, fresh):
         drafter.close()
-    llm.set_up_speculation(None, True)
+    llm.speculate(None, True)
 
 
 @pytest.mark.parametrize("form", ["json", "txt", "pt"])

@@ -50,7 +50,7 @@ def test_greedy_text_is_bit_exact(kind: str, tmp_path: Path) -> None:
     llm = blockffn.Llama(build(kind, tmp_path), n_ctx=256 if n == 150 else 1024, n_threads=2, exact=True)
 
     def text(drafter: Any = None, plan: Plan | None = None) -> list[int]:
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         llm.reset()
         return list(itertools.islice(llm.generate(PROMPT, temp=0.0, stopping_criteria=None), n))
 
@@ -71,7 +71,7 @@ def test_logits_do_not_depend_on_the_batch(kind: str, tmp_path: Path) -> None:
     differs = {}
     for exact in (True, False):
         llm = blockffn.Llama(path, n_ctx=128, n_threads=1, flash_attn=True)
-        llm.set_up_speculation(None, exact)
+        llm.speculate(None, exact)
         found = []
         for size in (1, 3, 16, 64):
             llm.n_tokens = 0

@@ -35,7 +35,7 @@ def llm(stock_model: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def truth(llm: Any) -> list[int]:
-    llm.set_up_speculation(None, True)
+    llm.speculate(None, True)
     return PROMPT + tokens_of(llm, 300, temp=0.0)
 
 
@@ -56,9 +56,9 @@ KINDS = ("ngram", "ngram-tree", "truth", "mixture", "garbage", "tree")
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_the_same(llm: Any, truth: list[int], kind: str) -> None:
     drafter, plan = drafter_of(kind, truth)
-    llm.set_up_speculation(drafter, True, plan)
+    llm.speculate(drafter, True, plan)
     assert tokens_of(llm, 300, temp=0.0) == truth[4:]
-    found = llm.speculation()
+    found = llm.statistics()
     assert found["predicted_n"] == 300
     if kind == "truth":
         assert found["tokens_per_step"] > 7.5
@@ -85,9 +85,9 @@ def test_sampled_text_is_the_same_for_a_seed(llm: Any, sampling: dict[str, Any])
     for kind in ("plain", *KINDS):
         llm.set_seed(11)
         if kind == "plain":
-            llm.set_up_speculation(None, True)
+            llm.speculate(None, True)
         else:
-            llm.set_up_speculation(*_at(drafter_of(kind, PROMPT + texts[0])))
+            llm.speculate(*_at(drafter_of(kind, PROMPT + texts[0])))
         texts.append(tokens_of(llm, 100, **sampling))
     assert all(text == texts[0] for text in texts[1:])
 
@@ -108,7 +108,7 @@ def test_processors_see_verified_text_only(llm: Any, truth: list[int]) -> None:
 
     texts, histories = [], []
     for drafter, plan in ((None, None), (ScriptedDrafter(truth, 0.8, N_VOCAB), Plan(5))):
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         seen.clear()
         texts.append(tokens_of(llm, 60, temp=0.0, logits_processor=LogitsProcessorList([watch])))
         histories.append([list(ids) for ids in seen])
@@ -123,7 +123,7 @@ def test_a_grammar_holds(llm: Any, truth: list[int]) -> None:
     grammar = 'root ::= "a" [b-d]* "z"'
     texts = []
     for drafter, plan in ((None, None), (ScriptedDrafter(truth, 0.5, N_VOCAB), Plan(4)), (NGramDrafter((1,)), Plan(6))):
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         out = llm.create_completion(
             "x", max_tokens=40, temperature=0.0, grammar=LlamaGrammar.from_string(grammar, verbose=False)
         )
@@ -151,7 +151,7 @@ def test_completions_are_the_same(llm: Any, truth: list[int], arguments: dict[st
     results = []
     for kind in ("plain", "truth", "tree"):
         drafter, plan = (None, None) if kind == "plain" else drafter_of(kind, truth)
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         out = llm.create_completion("once upon", temperature=0.0, stream=stream, **arguments)
         chunks = list(out) if stream else [out]
         assert "speculation" in chunks[-1] and all("speculation" not in chunk for chunk in chunks[:-1])
@@ -161,7 +161,7 @@ def test_completions_are_the_same(llm: Any, truth: list[int], arguments: dict[st
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_answers_carry_statistics(llm: Any, truth: list[int], stream: bool) -> None:
-    llm.set_up_speculation(ScriptedDrafter(truth, 0.5, N_VOCAB), True, Plan(4))
+    llm.speculate(ScriptedDrafter(truth, 0.5, N_VOCAB), True, Plan(4))
     messages = [{"role": "user", "content": "once"}]
     out = llm.create_chat_completion(messages=messages, max_tokens=12, temperature=0.0, stream=stream)
     chunks = list(out) if stream else [out]
@@ -172,7 +172,7 @@ def test_chat_answers_carry_statistics(llm: Any, truth: list[int], stream: bool)
 def test_logprobs_equal_those_of_logits_all(llm: Any, stock_model: Path) -> None:
     import llama_cpp
 
-    llm.set_up_speculation(None, True)
+    llm.speculate(None, True)
     ours = llm.create_completion("hello", max_tokens=6, temperature=0.0, logprobs=2, echo=True)
     stock = llama_cpp.Llama(str(stock_model), logits_all=True, verbose=False, n_ctx=512, n_threads=1)
     theirs = stock.create_completion("hello", max_tokens=6, temperature=0.0, logprobs=2, echo=True)
@@ -195,13 +195,13 @@ def test_the_context_may_be_filled_to_the_end(stock_model: Path) -> None:
 def test_turns_reuse_the_cache(llm: Any, truth: list[int]) -> None:
     for kind in ("plain", "mixture", "tree"):
         drafter, plan = (None, None) if kind == "plain" else drafter_of(kind, truth)
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         llm.reset()
         first = tokens_of(llm, 40, temp=0.0)
         turn = PROMPT + first + [90, 91, 92]
         second = tokens_of(llm, 30, turn, temp=0.0)
-        assert llm.speculation()["reused_n"] >= len(PROMPT) + len(first) - 1
-        assert llm.speculation()["prompt_n"] <= 5
+        assert llm.statistics()["reused_n"] >= len(PROMPT) + len(first) - 1
+        assert llm.statistics()["prompt_n"] <= 5
         llm.reset()
         assert tokens_of(llm, 30, turn, temp=0.0) == second
         shorter = tokens_of(llm, 20, turn[:20], temp=0.0)
@@ -212,7 +212,7 @@ def test_turns_reuse_the_cache(llm: Any, truth: list[int]) -> None:
 @pytest.mark.parametrize("kind", ["truth", "tree"])
 def test_an_abandoned_generator_harms_nothing(llm: Any, truth: list[int], kind: str) -> None:
     drafter, plan = drafter_of(kind, truth)
-    llm.set_up_speculation(drafter, True, plan)
+    llm.speculate(drafter, True, plan)
     left = [llm.generate(PROMPT, temp=0.0) for _ in range(8)]
     for n, generator in enumerate(left):
         assert list(itertools.islice(generator, n + 1)) == truth[4 : 5 + n]
@@ -226,7 +226,7 @@ def test_an_abandoned_generator_harms_nothing(llm: Any, truth: list[int], kind: 
 @pytest.mark.parametrize("kind", ["truth", "mixture", "tree"])
 def test_interruption_leaves_a_valid_cache(llm: Any, truth: list[int], kind: str) -> None:
     drafter, plan = drafter_of(kind, truth)
-    llm.set_up_speculation(drafter, True, plan)
+    llm.speculate(drafter, True, plan)
     random = np.random.default_rng(2)
     for _ in range(12):
         n = int(random.integers(1, 30))
@@ -244,7 +244,7 @@ def test_tokens_can_be_sent(llm: Any, truth: list[int]) -> None:
     texts = []
     for kind in ("plain", "truth", "tree"):
         drafter, plan = (None, None) if kind == "plain" else drafter_of(kind, truth)
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         generator = llm.generate(PROMPT, temp=0.0)
         text = [next(generator) for _ in range(9)]
         text += [generator.send([80, 81]), *itertools.islice(generator, 8)]
@@ -256,7 +256,7 @@ def test_stopping_criteria(llm: Any, truth: list[int]) -> None:
     from llama_cpp import StoppingCriteriaList
 
     for kind in ("truth", "tree"):
-        llm.set_up_speculation(*_at(drafter_of(kind, truth)))
+        llm.speculate(*_at(drafter_of(kind, truth)))
         stop = StoppingCriteriaList([lambda ids, logits: len(ids) >= 20])
         assert list(llm.generate(PROMPT, temp=0.0, stopping_criteria=stop)) == truth[4:20]
 
@@ -264,13 +264,13 @@ def test_stopping_criteria(llm: Any, truth: list[int]) -> None:
 def test_switching_drafters_keeps_the_cache_in_step(llm: Any, truth: list[int]) -> None:
     for kind in ("tree", "plain", "tree", "mixture", "ngram-tree"):
         drafter, plan = (None, None) if kind == "plain" else drafter_of(kind, truth)
-        llm.set_up_speculation(drafter, True, plan)
+        llm.speculate(drafter, True, plan)
         assert tokens_of(llm, 50, temp=0.0) == truth[4:54]
 
 
 def test_plain_steps_chains_and_trees_take_turns(llm: Any, truth: list[int]) -> None:
     """Trees need the text in every sequence of the cache, the other steps in the first one only."""
-    llm.set_up_speculation(ScriptedDrafter(truth, 0.8, N_VOCAB, branch=3), True)
+    llm.speculate(ScriptedDrafter(truth, 0.8, N_VOCAB, branch=3), True)
     plans = itertools.cycle([Plan(4), Plan(12, True), Plan(), Plan(12, True), Plan(9, True), Plan(2)])
     llm._loop.policy.plan = lambda: next(plans)
     assert tokens_of(llm, 200, temp=0.0) == truth[4:204]
@@ -279,27 +279,27 @@ def test_plain_steps_chains_and_trees_take_turns(llm: Any, truth: list[int]) -> 
     assert tokens_of(llm, 60, truth[:40], temp=0.0) == truth[40:100]
     llm.load_state(state)  # behind the loop's back
     assert tokens_of(llm, 60, truth[:204], temp=0.0) == truth[204:264]
-    assert llm.speculation()["reused_n"] > 190 and llm.speculation()["tree_steps"] > 0
+    assert llm.statistics()["reused_n"] > 190 and llm.statistics()["tree_steps"] > 0
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-model", "other-model"])
 def test_draft_model(llm: Any, truth: list[int], tmp_path: Path, stock_model: Path, same: bool) -> None:
     path = stock_model if same else write_llama(tmp_path / "draft.gguf", seed=9, n_layer=1)
     drafter = ModelDrafter(path, max_nodes=6)
-    llm.set_up_speculation(drafter, True, Plan(6) if same else None)
+    llm.speculate(drafter, True, Plan(6) if same else None)
     assert tokens_of(llm, 200, temp=0.0) == truth[4:204]
     if same:  # it drafts its own text: nearly every token is right
-        assert llm.speculation()["tokens_per_step"] > 6
+        assert llm.statistics()["tokens_per_step"] > 6
     assert tokens_of(llm, 50, truth[:120], temp=0.0) == truth[120:170]
     both = Combination([NGramDrafter((3,)), drafter])
-    llm.set_up_speculation(both, True)
+    llm.speculate(both, True)
     assert tokens_of(llm, 100, temp=0.0) == truth[4:104]
     drafter.close()
 
 
 def test_draft_model_cache_is_in_step(llm: Any, truth: list[int], stock_model: Path) -> None:
     drafter = ModelDrafter(stock_model, max_nodes=5)
-    llm.set_up_speculation(drafter, True, Plan(5))
+    llm.speculate(drafter, True, Plan(5))
     evaluated: list[int] = []
     original = drafter._evaluate
 
@@ -310,15 +310,15 @@ def test_draft_model_cache_is_in_step(llm: Any, truth: list[int], stock_model: P
     drafter._evaluate = count  # type: ignore[method-assign]
     tokens_of(llm, 120, temp=0.0)
     # one evaluation per drafted token; verified tokens that were drafted are not evaluated again
-    assert sum(evaluated) <= 1.5 * llm.speculation()["drafted"] + 10
+    assert sum(evaluated) <= 1.5 * llm.statistics()["drafted"] + 10
     drafter.close()
 
 
 def test_another_vocabulary_is_refused_with_the_first_difference(llm: Any, tmp_path: Path) -> None:
     path = write_llama(tmp_path / "other.gguf", n_layer=1, vocab_edit={77: b"boo"})
     with pytest.raises(BlockffnError, match=r"token 77 is b'boo', expected b'<0x4A>'"):
-        llm.set_up_speculation(ModelDrafter(path), True)
-    llm.set_up_speculation(None, True)
+        llm.speculate(ModelDrafter(path), True)
+    llm.speculate(None, True)
 
 
 def test_llama_cpps_own_text_without_exact_mode(stock_model: Path) -> None:
@@ -347,11 +347,11 @@ def test_statistics_leave_the_callers_time_out(
     """A pause at a token, and one before the generator is closed, a thousand seconds each, count for nothing."""
     clock = Clock()
     monkeypatch.setattr(loop_module, "perf_counter", clock)
-    llm.set_up_speculation(*((None, True) if kind == "plain" else _at(drafter_of(kind, truth))))
+    llm.speculate(*((None, True) if kind == "plain" else _at(drafter_of(kind, truth))))
     generator = llm.generate(PROMPT, temp=0.0)
     for _ in range(20):
         next(generator)
         clock.now += 1000.0
     generator.close()
-    found = llm.speculation()
+    found = llm.statistics()
     assert 0.0 < found["loop_ms"] < found["predicted_ms"] < 1000.0

@@ -105,7 +105,7 @@ def test_soak(soaked: tuple[Any, list[Kind]]) -> None:
             break
         if turn % TURNS == 0:
             drafter, plan = kinds[turn // TURNS % len(kinds)]
-            llm.set_up_speculation(drafter, True, plan)
+            llm.speculate(drafter, True, plan)
         generate(llm, random, record)
         if record.produced // CHECK_EVERY > record.checked:
             record.checked = record.produced // CHECK_EVERY
@@ -123,7 +123,7 @@ def generate(llm: Any, random: np.random.Generator, record: Record) -> None:
     prompt = [1, *random.integers(3, llm.n_vocab(), int(random.integers(1, 60))).tolist()]
     wanted, temperature = int(random.integers(5, 300)), float(random.choice([0.0, 0.8]))
     record.produced += len(list(itertools.islice(llm.generate(prompt, temp=temperature), wanted)))
-    statistics = llm.speculation()
+    statistics = llm.statistics()
     record.drafted += statistics["drafted"]
     record.accepted += statistics["accepted"]
     record.trees += statistics["tree_steps"]

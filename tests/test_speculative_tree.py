@@ -79,14 +79,14 @@ def test_trees_of_any_size_are_drafted_and_verified(shape: TreeShape, tmp_path: 
     convert_head(write_head(tmp_path / "head"), tmp_path / "target.gguf", tmp_path / "head.gguf", outtype="f32")
     llm = blockffn.Llama(tmp_path / "target.gguf", n_ctx=128, n_threads=1, n_batch=64, exact=True)
     head = EagleDrafter(tmp_path / "head.gguf", llm, tree=shape)
-    llm.set_up_speculation(head, True)
+    llm.speculate(head, True)
     assert Plan(shape.nodes, True) in llm._loop.policy.plans
     assert llm._sequences == shape.nodes
-    llm.set_up_speculation(None, True)
+    llm.speculate(None, True)
     plain = [token for token, _ in zip(llm.generate([1, 9, 8], temp=0.0), range(40), strict=False)]
-    llm.set_up_speculation(head, True, Plan(shape.nodes, True))
+    llm.speculate(head, True, Plan(shape.nodes, True))
     found = [token for token, _ in zip(llm.generate([1, 9, 8], temp=0.0), range(40), strict=False)]
-    statistics = llm.speculation()
+    statistics = llm.statistics()
     assert found == plain
     assert statistics["tree_steps"] > 0 and max(statistics["steps_by_size"]) == 1 + shape.nodes
     llm.close()

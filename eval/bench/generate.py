@@ -40,7 +40,7 @@ class Generation:
 
     def __init__(self, llm: Any, draft: str | None = None, scripted: bool = False, trees: bool = False) -> None:
         self.llm, self.drafter = llm, open_drafter(llm, draft, scripted, trees)
-        llm.set_up_speculation(self.drafter, llm.exact)
+        llm.speculate(self.drafter, llm.exact)
         self._policies: dict[tuple[str, float | None], Policy] = {}
 
     @property
@@ -91,7 +91,7 @@ class Generation:
                 if len(tokens) - marks[0].tokens >= n_tokens:
                     break
             tokens.append(token)  # whatever it is: a benchmark goes on after the end of a text
-        statistics = self.llm.speculation()  # before the last step is cut off
+        statistics = self.llm.statistics()  # before the last step is cut off
         stream.close()
         measured = {
             "measured_tokens": marks[-1].tokens - marks[0].tokens,

@@ -35,7 +35,7 @@ class Peer:
 
         llm = blockffn.Llama(args.model, ffn=args.ffn, **options)
         if args.draft:
-            llm.set_up_speculation(open_drafter(args.draft, args.tree), plan=parse_plan(args.plan))
+            llm.speculate(open_drafter(args.draft, args.tree), plan=parse_plan(args.plan))
         return llm
 
     def _stock(self, args: argparse.Namespace, options: dict[str, Any]) -> Any:
@@ -71,7 +71,7 @@ class Peer:
             return {"steps": calls, "drafted": self.counts.proposed, "accepted": max(0, accepted)}
         if not hasattr(self.llm, "speculation"):
             return {"steps": n_tokens - 1, "drafted": 0, "accepted": 0}
-        found = self.llm.speculation()
+        found = self.llm.statistics()
         return {"steps": found["steps"], "drafted": found["drafted"], "accepted": found["accepted"]}
 
 

@@ -121,7 +121,7 @@ class Experiment:
         self.drafting: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
         self.truth = text(self.drafting, n_ctx)
         self.n_threads = int(self.drafting.n_threads)
-        self.drafting.set_up_speculation(self.drafter(0.5))
+        self.drafting.speculate(self.drafter(0.5))
         self.seconds = self.calibrate()
 
     def drafter(self, acceptance: float, seed: int = 0) -> ScriptedDrafter:

@@ -47,7 +47,7 @@ class Greedy:
 
 def generate(llm: Any, prompts: Sequence[Sequence[int]], length: int, exact: bool) -> Greedy:
     """Generate plainly; a text may be shorter where the model ends it."""
-    llm.set_up_speculation(None, exact)
+    llm.speculate(None, exact)
     found = Greedy([], [], [])
 
     def choose(_row: int, logits: Any) -> int:
@@ -73,7 +73,7 @@ class Followed:
 def follow(llm: Any, text: Sequence[int], tops: Sequence[float], plan: Plan, exact: bool, seed: int) -> Followed:
     """Follow `text` with drafts, from the token on that the first of `tops` belongs to."""
     drafter = ScriptedDrafter(text, ACCEPTANCE, llm.n_vocab(), seed, CHILDREN, max_nodes=31, by_place=True)
-    llm.set_up_speculation(drafter, exact, plan)
+    llm.speculate(drafter, exact, plan)
     found, start = Followed(), len(text) - len(tops)
 
     def compare(_row: int, logits: Any) -> int:

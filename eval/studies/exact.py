@@ -43,7 +43,7 @@ class Mode:
     def prepare(self, tokens: Sequence[int]) -> None:
         """Take the text that is evaluated."""
         self.drafter = ScriptedDrafter(tokens, 0.7, self.llm.n_vocab(), branch=CHILDREN, max_nodes=31)
-        self.llm.set_up_speculation(self.drafter, self.exact)
+        self.llm.speculate(self.drafter, self.exact)
         self.tokens = np.asarray(tokens, dtype=np.int32)
         self.target = self.llm.loop.target
 

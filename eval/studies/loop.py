@@ -145,7 +145,7 @@ def open_drafter(llm: Any, tokens: Sequence[int], tree: bool, head: str | None) 
     else:
         branch, nodes = (CHILDREN, 31) if tree else (1, 16)
         drafter = ScriptedDrafter(tokens, ACCEPTANCE, llm.n_vocab(), 0, branch, nodes, by_place=True)
-    llm.set_up_speculation(drafter)
+    llm.speculate(drafter)
     return drafter
 
 

@@ -66,10 +66,10 @@ def _ask() -> str | None:
 def _answer(llm: Llama, messages: list[Message], args: argparse.Namespace) -> str:
     """Stream the answer to the last message to stdout and return it; Ctrl-C ends it early."""
     parts: list[str] = []
-    given_up = llm.speculation()["switched_off"]
+    given_up = llm.statistics()["switched_off"]
     chunk: dict[str, Any] = {}
     try:
-        with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
+        with Live(lambda: summary(llm.statistics()), wanted=args.stats and llm.drafter is not None) as live:
             for chunk in _chunks(llm, messages, args):
                 part = chunk["choices"][0]["delta"].get("content") or ""
                 parts.append(part)
@@ -82,9 +82,9 @@ def _answer(llm: Llama, messages: list[Message], args: argparse.Namespace) -> st
         raise BlockffnError(f"{error}; /clear forgets the conversation, --ctx-size raises the context") from error
     sys.stdout.write("\n")
     sys.stdout.flush()
-    report_given_up(llm.speculation(), given_up)
+    report_given_up(llm.statistics(), given_up)
     if args.stats and llm.drafter is not None:
-        print(f"[{summary(llm.speculation())}]", file=sys.stderr)
+        print(f"[{summary(llm.statistics())}]", file=sys.stderr)
     return "".join(parts)
 
 

@@ -116,7 +116,7 @@ class Meter:
             result["token_sparsity"] = _finite(stats.token_sparsity)
             result["union_share"] = _finite(stats.union_share)
         if self.llm.drafter is not None:
-            result["speculation"] = self.llm.speculation()
+            result["speculation"] = self.llm.statistics()
         return result
 
 

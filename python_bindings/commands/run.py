@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _print_json(text, "".join(pieces), meter)
             return 0
-        with Live(lambda: summary(llm.speculation()), wanted=args.stats and llm.drafter is not None) as live:
+        with Live(lambda: summary(llm.statistics()), wanted=args.stats and llm.drafter is not None) as live:
             _stream(text if args.echo else "", pieces, live)
-        report_given_up(llm.speculation())
+        report_given_up(llm.statistics())
         if args.stats:
             print_report(meter.report())
     finally:

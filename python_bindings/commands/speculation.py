@@ -19,7 +19,7 @@ REFRESH = 0.2  # seconds between two updates of the live line
 
 
 def summary(figures: dict[str, Any]) -> str:
-    """Return one line about a generation that may still go on; `figures` as Llama.speculation() gives them."""
+    """Return one line about a generation that may still go on; `figures` as Llama.statistics() gives them."""
     speed, per_step = figures["predicted_per_second"], figures["tokens_per_step"]
     parts = [f"{speed:.1f} tokens/s"] if speed else []
     parts += [f"{per_step:.2f} tokens per step"] if per_step else []

@@ -116,9 +116,13 @@ def open_drafter(what: DrafterLike | Sequence[DrafterLike] | None, tree: bool | 
 
     if what is None or isinstance(what, Drafter):
         return what
-    if not isinstance(what, (str, Path)):
+    if isinstance(what, Sequence) and not isinstance(what, str):
         opened = [open_drafter(part, tree) for part in what]
+        if not opened:
+            raise BlockffnError("drafter: expected at least one drafter, found an empty list")
         return Combination([drafter for drafter in opened if drafter is not None])
+    if not isinstance(what, (str, Path)):
+        raise BlockffnError(f'drafter: expected "ngram", a file, a Drafter or a list of these, found {what!r}')
     if what == "ngram":
         if tree:
             raise BlockffnError("tree: n-gram drafts are chains: expected the file of an EAGLE head")

@@ -2,7 +2,7 @@
 
 >>> import blockffn
 >>> llm = blockffn.Llama("model.gguf")                         # doctest: +SKIP
->>> llm.set_up_speculation(blockffn.EagleDrafter("head.gguf")) # doctest: +SKIP
+>>> llm.speculate(blockffn.EagleDrafter("head.gguf")) # doctest: +SKIP
 
 Row i of the head holds token i + 1 and the target's state of token i (after its final norm); it guesses token i + 2.
 While drafting deeper, the head's own output takes the place of the state. Rows with true states stay in the head's

@@ -5,7 +5,7 @@ sampled from the target's logits at the current node; while the draft holds that
 token comes from the target's own distribution, and whatever has a memory (penalties, grammar, logits processors,
 the random generator) sees verified tokens only, one after another, exactly as in plain decoding.
 
-`generate.py` puts this loop under llama_cpp.Llama; tests/test_speculative_loop.py drives it directly.
+`blockffn.llama` puts this loop under llama_cpp.Llama; tests/test_speculative_loop.py drives it directly.
 """
 
 from __future__ import annotations

@@ -1,0 +1,135 @@
+"""What the loop needs of the model that it serves: context, exact kernels, sampler, counter of experts.
+
+`blockffn.llama.Llama` is what people see; this file is what puts a llama_cpp model under the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+
+from blockffn import library, logs
+from blockffn.errors import BlockffnError
+from blockffn.speculative.drafter import Drafter
+
+library.load()
+
+
+def locked(lock: Any, items: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+    """Run a generator so that it holds `lock` while it works, and lets go of it while its caller does."""
+    sent = None
+    try:
+        while True:
+            with lock:
+                try:
+                    item = items.send(sent)
+                except StopIteration:
+                    return
+            sent = yield item
+    finally:
+        with lock:
+            items.close()
+
+
+def greedy(_row: int, logits: Any) -> int:
+    return int(logits.argmax())
+
+
+def chain_sampler(llm: Any) -> Callable[[int, Any], int]:
+    """Return a function that samples with llama_cpp's chain, which also takes note of the token."""
+    sample, chain, ctx = library.load().llama_sampler_sample, llm._sampler, llm._ctx.ctx
+    return lambda row, _logits: int(sample(chain.sampler, ctx, row))
+
+
+def end_of_text(llm: Any) -> Callable[[int], bool]:
+    is_end, vocab = library.load().llama_vocab_is_eog, llm._model.vocab
+    known: dict[int, bool] = {}
+
+    def check(token: int) -> bool:
+        if token not in known:
+            known[token] = bool(is_end(vocab, token))
+        return known[token]
+
+    return check
+
+
+def union_counter(llm: Any) -> Callable[[], float] | None:
+    """Return a function that reads how many experts were loaded so far (mean over the layers), None without experts."""
+    layers = getattr(llm, "n_moe_layers", 0)
+    if not layers:
+        return None
+    from blockffn import _capi
+
+    read, ctx = _capi.function("blockffn_stats"), llm._ctx.ctx
+    arrays = [np.zeros(layers, dtype=np.int64) for _ in range(4)]  # evaluations, tokens, pairs, union
+    pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
+
+    def count() -> float:
+        read(ctx, *pointers)
+        return float(arrays[3].sum()) / layers
+
+    return count
+
+
+def check_fits(llm: Any, drafter: Drafter) -> None:
+    """Refuse a drafter whose drafts the model's cache cannot verify."""
+    if (llm._is_recurrent or llm._is_hybrid) and type(drafter) is not Drafter:
+        raise BlockffnError(
+            f"{llm.model_path}: the memory of a recurrent model cannot forget rejected tokens: drafts by "
+            f"{drafter.name} cannot be verified; use drafter=None"
+        )
+    most = library.load().llama_max_parallel_sequences()
+    if drafter.can_tree and drafter.max_nodes > most:
+        raise BlockffnError(
+            f"{drafter.name}: trees of up to {drafter.max_nodes} nodes need as many sequences, llama.cpp has {most} at "
+            f"most: expected a tree size of at most {most + 1}, root included"
+        )
+
+
+def replace_context(llm: Any, n_seq: int, exact: bool) -> None:
+    """Give the model a new, empty context with `n_seq` sequences in one cache; exact mode needs flash attention.
+
+    Only there are the values not transposed in the cache, so that an accepted path can be moved together. The old one
+    is freed once the new one is there: for a moment both need memory, and a failure changes nothing.
+    """
+    from llama_cpp import _internals as internals
+
+    params = type(llm.context_params).from_buffer_copy(llm.context_params)
+    params.n_seq_max = max(n_seq, params.n_seq_max)
+    params.kv_unified = True
+    if exact:
+        params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    with logs.collect() as lines:
+        try:
+            context = internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
+        except ValueError as error:
+            raise BlockffnError(
+                f"{llm.model_path}: no context of {params.n_ctx} tokens with {n_seq} sequences beside the present one: "
+                f"{logs.reason(lines) or error}; nothing was changed"
+            ) from error
+    try:
+        if exact:
+            set_exact(context.ctx, True)
+        llm.apply_adapters(context.ctx)
+    except BaseException:
+        context.close()
+        raise
+    llm._ctx.close()
+    llm._ctx, llm.context_params = llm._stack.enter_context(contextlib.closing(context)), params
+    llm.n_tokens, llm._requires_eval = 0, True
+
+
+def set_exact(ctx: int, exact: bool) -> None:
+    """Choose kernels whose result for a token does not depend on the other tokens of the batch (see patches/)."""
+    native = getattr(library.load()._lib, "llama_set_batch_invariant", None)
+    if native is None:
+        raise BlockffnError(
+            f"{library.directory() / library.LIBRARY}: function llama_set_batch_invariant is missing, exact mode needs "
+            "it: this is not the library of the patched tree, or an old one; run `make setup`"
+        )
+    native.argtypes, native.restype = [ctypes.c_void_p, ctypes.c_bool], None
+    native(ctx, exact)
