@@ -37,8 +37,8 @@ else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm test-amx wheel \
-        refresh-patches clean
+.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz test-amx \
+        wheel refresh-patches clean
 
 setup: venv build
 
@@ -114,6 +114,20 @@ sanitize-%: tree
 	build/sanitize-$*/bin/test-relu-router
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-union-ffn --quick
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-token-tiles --quick
+
+# Mutated GGUF files of every kind of model, loaded under AddressSanitizer and UndefinedBehaviorSanitizer.
+# FUZZ: mutations; SEED: of their choice. `fuzz-load` says how to repeat one.
+FUZZ ?= 10000
+SEED ?= 1
+
+fuzz: tree
+	$(CMAKE) -S $(TREE) -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) $(filter -DLLAMA% -DBLOCKFFN%,$(CMAKE_FLAGS)) \
+	    -DCMAKE_BUILD_TYPE=Debug -DBUILD_SHARED_LIBS=OFF -DGGML_OPENMP=OFF \
+	    -DCMAKE_C_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	    -DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" > /dev/null
+	$(NINJA) -C build/fuzz -j $(JOBS) fuzz-load
+	$(PY) tests/small_models.py build/fuzz/models > /dev/null
+	ASAN_OPTIONS=quarantine_size_mb=32 build/fuzz/bin/fuzz-load --count $(FUZZ) --seed $(SEED) build/fuzz/models/*.gguf
 
 test-arm: tree
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \

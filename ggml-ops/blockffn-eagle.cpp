@@ -3,9 +3,15 @@
 #include "blockffn-model.h"
 
 void llama_model_blockffn_eagle::load_arch_hparams(llama_model_loader & ml) {
-    ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
-    ml.get_key(LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
-    ml.get_key(LLM_KV_LOGIT_SCALE, hparams.f_logit_scale);
+    check_hparams(ml);
+    blockffn_same_in_all_layers(ml, hparams, LLM_KV_FEED_FORWARD_LENGTH, &llama_hparams::n_ff);
+    blockffn_get_epsilon(ml, LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+    blockffn_get_number(ml, LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
+    blockffn_get_number(ml, LLM_KV_LOGIT_SCALE, hparams.f_logit_scale);
+    if (hparams.n_embd_head_v() != hparams.n_embd_head_k()) {
+        blockffn_refuse(ml, LLM_KV_ATTENTION_VALUE_LENGTH, "the key length, " + std::to_string(hparams.n_embd_head_k()),
+                        std::to_string(hparams.n_embd_head_v()));
+    }
     type = LLM_TYPE_UNKNOWN;
 }
 
@@ -14,16 +20,21 @@ void llama_model_blockffn_eagle::load_arch_tensors(llama_model_loader & ml) {
 
     const int64_t n_q = n_embd_head_k * n_head;
 
+    check_tensors(ml);
     tok_embd    = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, 0);
     fc          = create_tensor(tn(LLM_TENSOR_FC, "weight"), { 2 * n_embd, n_embd }, 0);
-    fc_b        = create_tensor(tn(LLM_TENSOR_FC, "bias"), { n_embd }, 0);
-    embd_norm   = create_tensor(tn(LLM_TENSOR_NEXTN_ENORM, "weight", 0), { n_embd }, 0);
-    hidden_norm = create_tensor(tn(LLM_TENSOR_NEXTN_HNORM, "weight", 0), { n_embd }, 0);
+    fc_b        = create_vector(ml, tn(LLM_TENSOR_FC, "bias"), n_embd, 0);
+    embd_norm   = create_vector(ml, tn(LLM_TENSOR_NEXTN_ENORM, "weight", 0), n_embd, 0);
+    hidden_norm = create_vector(ml, tn(LLM_TENSOR_NEXTN_HNORM, "weight", 0), n_embd, 0);
 
     // the draft vocabulary may be cut: the key draft_tokens then tells the drafter which token a row scores
     const auto *  meta    = ml.get_tensor_meta(tn(LLM_TENSOR_OUTPUT, "weight").str().c_str());
     const int64_t n_draft = meta ? meta->ne[1] : n_vocab;
-    output                = create_tensor(tn(LLM_TENSOR_OUTPUT, "weight"), { n_embd, n_draft }, TENSOR_NOT_REQUIRED);
+    if (n_draft > n_vocab) {
+        throw std::runtime_error("tensor 'output.weight': expected at most " + std::to_string(n_vocab) +
+                                 " rows, one per token; found " + std::to_string(n_draft));
+    }
+    output = create_tensor(tn(LLM_TENSOR_OUTPUT, "weight"), { n_embd, n_draft }, TENSOR_NOT_REQUIRED);
     if (output == nullptr) {
         output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, TENSOR_DUPLICATED);
     }
@@ -31,11 +42,11 @@ void llama_model_blockffn_eagle::load_arch_tensors(llama_model_loader & ml) {
     for (int il = 0; il < n_layer; ++il) {
         auto & layer = layers[il];
         if (il > 0) {
-            layer.attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", il), { n_embd }, 0);
+            layer.attn_norm = create_vector(ml, tn(LLM_TENSOR_ATTN_NORM, "weight", il), n_embd, 0);
         }
         create_tensor_qkv(layer, il, n_embd, n_q, n_embd_k_gqa, n_embd_v_gqa, 0);
         layer.wo       = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), { n_q, n_embd }, 0);
-        layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", il), { n_embd }, 0);
+        layer.ffn_norm = create_vector(ml, tn(LLM_TENSOR_FFN_NORM, "weight", il), n_embd, 0);
         layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), { n_embd, n_ff }, 0);
         layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP, "weight", il), { n_embd, n_ff }, 0);
         layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), { n_ff, n_embd }, 0);

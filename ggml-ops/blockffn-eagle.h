@@ -3,10 +3,10 @@
 // The EAGLE-2 draft head of BlockFFN models (arXiv 2406.16858) as a llama.cpp model of its own.
 // docs/gguf.md lists the keys and tensors.
 
-#include "models/models.h"
+#include "blockffn-load.h"
 
-struct llama_model_blockffn_eagle : public llama_model_base {
-    llama_model_blockffn_eagle(const struct llama_model_params & params) : llama_model_base(params) {}
+struct llama_model_blockffn_eagle : public blockffn_model_base {
+    llama_model_blockffn_eagle(const struct llama_model_params & params) : blockffn_model_base(params) {}
 
     void load_arch_hparams(llama_model_loader & ml) override;
     void load_arch_tensors(llama_model_loader & ml) override;

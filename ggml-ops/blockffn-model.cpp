@@ -48,38 +48,30 @@ static T get_named(llama_model_loader & ml, enum llm_kv key, const char * const 
 void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
     auto & bf = hparams.blockffn;
 
-    ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
-    ml.get_key(LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
-    ml.get_key(LLM_KV_RESIDUAL_SCALE, hparams.f_residual_scale);
-    ml.get_key(LLM_KV_LOGIT_SCALE, hparams.f_logit_scale);
+    check_hparams(ml);
+    blockffn_get_epsilon(ml, LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+    blockffn_get_number(ml, LLM_KV_EMBEDDING_SCALE, hparams.f_embedding_scale);
+    blockffn_get_number(ml, LLM_KV_RESIDUAL_SCALE, hparams.f_residual_scale);
+    blockffn_get_number(ml, LLM_KV_LOGIT_SCALE, hparams.f_logit_scale);
     bf.dense_act = get_named<blockffn_activation>(ml, LLM_KV_HIDDEN_ACT, ACTIVATIONS);
     if (bf.dense_act > BLOCKFFN_ACTIVATION_GELU) {
-        throw std::runtime_error(ml.llm_kv(LLM_KV_HIDDEN_ACT) + ": a dense FFN knows silu, relu and gelu");
+        blockffn_refuse(ml, LLM_KV_HIDDEN_ACT, "silu, relu or gelu", blockffn_activation_name(bf.dense_act));
     }
-    ml.get_key(LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR, bf.rope_dynamic_factor, false);
+    blockffn_get_number(ml, LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR, bf.rope_dynamic_factor, false);
 
     ml.get_key(LLM_KV_ATTENTION_KEY_LENGTH_MLA, hparams.n_embd_head_k_mla_impl, false);
     ml.get_key(LLM_KV_ATTENTION_VALUE_LENGTH_MLA, hparams.n_embd_head_v_mla_impl, false);
-    if (hparams.is_mla()) {
+    if (hparams.n_embd_head_k_mla_impl != 0 || hparams.n_embd_head_v_mla_impl != 0) {
         ml.get_key(LLM_KV_ATTENTION_Q_LORA_RANK, hparams.n_lora_q);
         ml.get_key(LLM_KV_ATTENTION_KV_LORA_RANK, hparams.n_lora_kv);
-        ml.get_key(LLM_KV_ATTENTION_LORA_LAYERNORM_RMS_EPS, bf.lora_rms_eps);
+        blockffn_get_epsilon(ml, LLM_KV_ATTENTION_LORA_LAYERNORM_RMS_EPS, bf.lora_rms_eps);
+        check_mla(ml);
+    } else if (hparams.n_embd_head_v() != hparams.n_embd_head_k()) {
+        blockffn_refuse(ml, LLM_KV_ATTENTION_VALUE_LENGTH, "the key length, " + std::to_string(hparams.n_embd_head_k()),
+                        std::to_string(hparams.n_embd_head_v()));
     }
-
     if (hparams.n_expert > 0) {
-        ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
-        ml.get_key(LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp, false);
-        bf.activation  = get_named<blockffn_activation>(ml, LLM_KV_EXPERT_ACTIVATION, ACTIVATIONS);
-        bf.router_norm = get_named<blockffn_router_norm>(ml, LLM_KV_ROUTER_NORM, ROUTER_NORMS);
-        bf.router_bias = get_named<blockffn_router_bias>(ml, LLM_KV_ROUTER_BIAS_METHOD, ROUTER_BIASES);
-        ml.get_key(LLM_KV_EXPERT_ACTIVATION_EPS, bf.activation_eps);
-        ml.get_key(LLM_KV_ROUTER_NORM_EPS, bf.router_norm_eps);
-        ml.get_key(LLM_KV_ROUTER_NORM_SCALE, bf.router_norm_scale);
-        ml.get_key(LLM_KV_ROUTER_SCALE, bf.router_scale);
-
-        static const char * const layouts[] = { "expert", "dense" };
-        bf.dense_layout                     = get_named<int>(ml, LLM_KV_EXPERT_LAYOUT, layouts) == 1;
-        ml.get_key(LLM_KV_FFN_DENSE, bf.ffn_dense, false);
+        load_expert_hparams(ml);
     }
 
     switch (hparams.n_layer()) {
@@ -100,6 +92,46 @@ void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
     }
 }
 
+// One key and value of [kv_rank | rope] and [kv_rank] values serves all heads: see build_mla().
+void llama_model_blockffn::check_mla(llama_model_loader & ml) const {
+    const auto expect = [&ml](enum llm_kv kid, uint64_t expected, uint32_t found, const char * what) {
+        if (found != expected) {
+            blockffn_refuse(ml, kid, std::to_string(expected) + " (" + what + ")", std::to_string(found));
+        }
+    };
+    const uint32_t n_rot = hparams.n_rot();
+    expect(LLM_KV_ATTENTION_HEAD_COUNT_KV, 1, hparams.n_head_kv(), "latent attention");
+    expect(LLM_KV_ATTENTION_KEY_LENGTH, (uint64_t) hparams.n_lora_kv + n_rot, hparams.n_embd_head_k(),
+           "attention.kv_lora_rank + rope.dimension_count");
+    expect(LLM_KV_ATTENTION_VALUE_LENGTH, hparams.n_lora_kv, hparams.n_embd_head_v(), "attention.kv_lora_rank");
+    if (hparams.n_embd_head_k_mla_impl <= n_rot) {
+        blockffn_refuse(ml, LLM_KV_ATTENTION_KEY_LENGTH_MLA, "more than rope.dimension_count, " + std::to_string(n_rot),
+                        std::to_string(hparams.n_embd_head_k_mla_impl));
+    }
+    if (hparams.n_embd_head_v_mla_impl == 0) {
+        blockffn_refuse(ml, LLM_KV_ATTENTION_VALUE_LENGTH_MLA, "at least 1", "0 or no such key");
+    }
+}
+
+void llama_model_blockffn::load_expert_hparams(llama_model_loader & ml) {
+    auto & bf = hparams.blockffn;
+
+    ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
+    blockffn_same_in_all_layers(ml, hparams, LLM_KV_EXPERT_FEED_FORWARD_LENGTH, &llama_hparams::n_ff_exp);
+    ml.get_key(LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp, false);
+    bf.activation  = get_named<blockffn_activation>(ml, LLM_KV_EXPERT_ACTIVATION, ACTIVATIONS);
+    bf.router_norm = get_named<blockffn_router_norm>(ml, LLM_KV_ROUTER_NORM, ROUTER_NORMS);
+    bf.router_bias = get_named<blockffn_router_bias>(ml, LLM_KV_ROUTER_BIAS_METHOD, ROUTER_BIASES);
+    blockffn_get_epsilon(ml, LLM_KV_EXPERT_ACTIVATION_EPS, bf.activation_eps);
+    blockffn_get_epsilon(ml, LLM_KV_ROUTER_NORM_EPS, bf.router_norm_eps);
+    blockffn_get_number(ml, LLM_KV_ROUTER_NORM_SCALE, bf.router_norm_scale);
+    blockffn_get_number(ml, LLM_KV_ROUTER_SCALE, bf.router_scale);
+
+    static const char * const layouts[] = { "expert", "dense" };
+    bf.dense_layout                     = get_named<int>(ml, LLM_KV_EXPERT_LAYOUT, layouts) == 1;
+    ml.get_key(LLM_KV_FFN_DENSE, bf.ffn_dense, false);
+}
+
 //
 // tensors
 //
@@ -107,22 +139,23 @@ void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
 void llama_model_blockffn::load_arch_tensors(llama_model_loader & ml) {
     LLAMA_LOAD_LOCALS;
 
+    check_tensors(ml);
     tok_embd    = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, 0);
-    output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), { n_embd }, 0);
+    output_norm = create_vector(ml, tn(LLM_TENSOR_OUTPUT_NORM, "weight"), n_embd, 0);
     output      = create_tensor(tn(LLM_TENSOR_OUTPUT, "weight"), { n_embd, n_vocab }, TENSOR_NOT_REQUIRED);
     if (output == nullptr) {
         output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), { n_embd, n_vocab }, TENSOR_DUPLICATED);
     }
 
     for (int il = 0; il < n_layer; ++il) {
-        layers[il].attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", il), { n_embd }, 0);
-        layers[il].ffn_norm  = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", il), { n_embd }, 0);
-        load_attention(layers[il], il);
+        layers[il].attn_norm = create_vector(ml, tn(LLM_TENSOR_ATTN_NORM, "weight", il), n_embd, 0);
+        layers[il].ffn_norm  = create_vector(ml, tn(LLM_TENSOR_FFN_NORM, "weight", il), n_embd, 0);
+        load_attention(ml, layers[il], il);
         load_ffn(ml, layers[il], il);
     }
 }
 
-void llama_model_blockffn::load_attention(llama_layer & layer, int il) {
+void llama_model_blockffn::load_attention(llama_model_loader & ml, llama_layer & layer, int il) {
     LLAMA_LOAD_LOCALS;
 
     if (!hparams.is_mla()) {
@@ -137,10 +170,10 @@ void llama_model_blockffn::load_attention(llama_layer & layer, int il) {
     const int64_t n_nope  = n_k - n_rot;
 
     layer.wq_a           = create_tensor(tn(LLM_TENSOR_ATTN_Q_A, "weight", il), { n_embd, q_rank }, 0);
-    layer.attn_q_a_norm  = create_tensor(tn(LLM_TENSOR_ATTN_Q_A_NORM, "weight", il), { q_rank }, 0);
+    layer.attn_q_a_norm  = create_vector(ml, tn(LLM_TENSOR_ATTN_Q_A_NORM, "weight", il), q_rank, 0);
     layer.wq_b           = create_tensor(tn(LLM_TENSOR_ATTN_Q_B, "weight", il), { q_rank, n_head * n_k }, 0);
     layer.wkv_a_mqa      = create_tensor(tn(LLM_TENSOR_ATTN_KV_A_MQA, "weight", il), { n_embd, kv_rank + n_rot }, 0);
-    layer.attn_kv_a_norm = create_tensor(tn(LLM_TENSOR_ATTN_KV_A_NORM, "weight", il), { kv_rank }, 0);
+    layer.attn_kv_a_norm = create_vector(ml, tn(LLM_TENSOR_ATTN_KV_A_NORM, "weight", il), kv_rank, 0);
     layer.wk_b           = create_tensor(tn(LLM_TENSOR_ATTN_K_B, "weight", il), { n_nope, kv_rank, n_head }, 0);
     layer.wv_b           = create_tensor(tn(LLM_TENSOR_ATTN_V_B, "weight", il), { kv_rank, n_v, n_head }, 0);
     layer.wo             = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), { n_head * n_v, n_embd }, 0);
@@ -160,16 +193,16 @@ void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer
         return;
     }
     if (n_expert == 0) {
-        throw std::runtime_error("blockffn.feed_forward_length is 0 for layer " + std::to_string(il) +
+        throw std::runtime_error("blockffn.feed_forward_length: 0 for layer " + std::to_string(il) +
                                  ", which marks a layer of experts, but blockffn.expert_count is 0");
     }
     layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP, "weight", il), { n_embd, n_expert }, 0);
     // the factor on the scores: one per expert, one for all, or none (a constant travels as router.scale, with any norm)
     const auto name       = tn(LLM_TENSOR_FFN_ROUTER_NORM, "weight", il);
     const auto meta       = ml.get_tensor_meta(name.str().c_str());
-    layer.ffn_router_norm = create_tensor(name, { meta && meta->ne[0] == 1 ? 1 : n_expert }, TENSOR_NOT_REQUIRED);
+    layer.ffn_router_norm = create_vector(ml, name, meta && meta->ne[0] == 1 ? 1 : n_expert, TENSOR_NOT_REQUIRED);
     const int bias        = bf.router_bias == BLOCKFFN_ROUTER_BIAS_NONE ? TENSOR_NOT_REQUIRED : 0;
-    layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias", il), { n_expert }, bias);
+    layer.ffn_exp_probs_b = create_vector(ml, tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias", il), n_expert, bias);
 
     if (bf.dense_layout) {
         layer.ffn_gate =
@@ -188,10 +221,10 @@ void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer
     const bool has_mean =
         bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU || bf.activation == BLOCKFFN_ACTIVATION_NORM_SILU_NORMS;
     if (has_norm) {
-        layer.ffn_act_norm = create_tensor(tn(LLM_TENSOR_FFN_ACT_NORM, "weight", il), { d }, 0);
+        layer.ffn_act_norm = create_vector(ml, tn(LLM_TENSOR_FFN_ACT_NORM, "weight", il), d, 0);
     }
     if (has_mean) {
-        layer.ffn_act_mean = create_tensor(tn(LLM_TENSOR_FFN_ACT_MEAN, "weight", il), { n_embd }, 0);
+        layer.ffn_act_mean = create_vector(ml, tn(LLM_TENSOR_FFN_ACT_MEAN, "weight", il), n_embd, 0);
     }
     if (n_shared > 0) {
         layer.ffn_gate_shexp =

@@ -3,10 +3,10 @@
 // BlockFFN (arXiv 2507.08771), DECO (arXiv 2605.10933), their dense twins and ReMoE as one llama.cpp model.
 // docs/gguf.md lists the keys and tensors.
 
-#include "models/models.h"
+#include "blockffn-load.h"
 
-struct llama_model_blockffn : public llama_model_base {
-    llama_model_blockffn(const struct llama_model_params & params) : llama_model_base(params) {}
+struct llama_model_blockffn : public blockffn_model_base {
+    llama_model_blockffn(const struct llama_model_params & params) : blockffn_model_base(params) {}
 
     void load_arch_hparams(llama_model_loader & ml) override;
     void load_arch_tensors(llama_model_loader & ml) override;
@@ -16,7 +16,9 @@ struct llama_model_blockffn : public llama_model_base {
     struct graph;
 
   private:
-    void load_attention(llama_layer & layer, int il);
+    void check_mla(llama_model_loader & ml) const;
+    void load_expert_hparams(llama_model_loader & ml);
+    void load_attention(llama_model_loader & ml, llama_layer & layer, int il);
     void load_ffn(llama_model_loader & ml, llama_layer & layer, int il);
 };
 

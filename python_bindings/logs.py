@@ -20,7 +20,7 @@ from typing import Any
 from blockffn import library
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
-_PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*: )*(?:error loading model[\w ]*: )?")  # "llama_model_load: error ..."
+_PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*: |error loading model[\w ]*: )*")  # "llama_model_load: error ..."
 
 
 @dataclass
