@@ -30,7 +30,7 @@ bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
     const ggml_tensor * w = dst->src[0];
     const ggml_tensor * x = dst->src[1];
     const bool plain      = x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && w->ne[2] == 1 && w->ne[3] == 1 &&
-                       ggml_is_contiguous_rows(w);
+                       w->nb[1] == ggml_row_size(w->type, w->ne[0]);
     if (!plain || x->ne[2] != 1 || x->ne[3] != 1 || !union_weight_get(w, &p.w) || !p.w.kernel->mul_mat) {
         return false;
     }
@@ -66,13 +66,9 @@ void multiply_piece(const tiles_plan & p,
 
 }  // namespace
 
-bool ggml_token_tiles_work_size(const ggml_tensor * dst, int n_tasks, size_t * size) {
+size_t ggml_token_tiles_work_size(const ggml_tensor * dst, int n_tasks) {
     tiles_plan p;
-    if (!plan_get(dst, n_tasks, p)) {
-        return false;
-    }
-    *size = p.total + 64;
-    return true;
+    return plan_get(dst, n_tasks, p) ? p.total + 64 : 0;
 }
 
 bool ggml_compute_forward_token_tiles(const ggml_compute_params * params, ggml_tensor * dst) {

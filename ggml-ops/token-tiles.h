@@ -14,8 +14,8 @@ struct ggml_tensor;
 // false, with nothing done, if the node does not ask for it or no kernel of ours is better than ggml's
 bool ggml_compute_forward_token_tiles(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// the same for the bytes of scratch
-bool ggml_token_tiles_work_size(const struct ggml_tensor * dst, int n_tasks, size_t * size);
+// bytes of scratch that it needs, 0 if it does nothing
+size_t ggml_token_tiles_work_size(const struct ggml_tensor * dst, int n_tasks);
 
 #ifdef __cplusplus
 }
