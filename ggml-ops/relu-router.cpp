@@ -64,9 +64,28 @@ float router_norm_factor(const router_params & p, int64_t n_expert, const float 
     GGML_ABORT("unknown ggml_router_norm %d", (int) p.norm);
 }
 
+bool is_vector(const ggml_tensor * t, int64_t n) {
+    return t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && ggml_is_vector(t) && t->ne[0] == n;
+}
+
 }  // namespace
 
+bool ggml_relu_router_supported(const ggml_tensor * dst) {
+    const ggml_tensor * logits = dst->src[0];
+    const ggml_tensor * weight = dst->src[1];
+    const ggml_tensor * bias   = dst->src[2];
+    const int32_t       norm   = ggml_get_op_params_i32(dst, 0);
+    const int32_t       method = ggml_get_op_params_i32(dst, 1);
+    return logits && logits->type == GGML_TYPE_F32 && logits->nb[0] == sizeof(float) && ggml_is_matrix(logits) &&
+           dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && ggml_are_same_shape(dst, logits) &&
+           (!weight || is_vector(weight, 1) || is_vector(weight, dst->ne[0])) &&
+           (!bias || is_vector(bias, dst->ne[0])) && norm >= GGML_ROUTER_NORM_NONE && norm <= GGML_ROUTER_NORM_SUM &&
+           method >= GGML_ROUTER_BIAS_NONE && method <= GGML_ROUTER_BIAS_RMS &&
+           (bias == nullptr) == (method == GGML_ROUTER_BIAS_NONE);
+}
+
 void ggml_compute_forward_relu_router(const ggml_compute_params * params, ggml_tensor * dst) {
+    GGML_ASSERT(ggml_relu_router_supported(dst));
     const ggml_tensor * logits = dst->src[0];  // [n_expert, n_tokens]
     const ggml_tensor * weight = dst->src[1];  // [n_expert] or [1] or NULL
     const ggml_tensor * bias   = dst->src[2];  // [n_expert] or NULL

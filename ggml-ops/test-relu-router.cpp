@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <string>
 
 namespace {
 
@@ -124,6 +125,49 @@ bool nan_is_inactive(cpu_runner & runner) {
     return true;
 }
 
+// the CPU refuses a node that ggml_relu_router() does not make; returns what it took
+std::vector<std::string> wrongly_taken() {
+    ctx_ptr ctx = make_ctx(8);
+    auto    row = [&](int64_t n) {
+        return ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n);
+    };
+    ggml_tensor * op = ggml_relu_router(ctx.get(), ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 7, 3), row(7), row(7),
+                                        GGML_ROUTER_NORM_RMS, GGML_ROUTER_BIAS_BASE, EPS, NORM_SCALE, 1.0f);
+    ggml_backend_dev_t       cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    std::vector<std::string> taken;
+    auto                     check = [&](const std::string & what) {
+        if (ggml_backend_dev_supports_op(cpu, op)) {
+            taken.push_back(what);
+        }
+    };
+    if (!ggml_backend_dev_supports_op(cpu, op)) {
+        taken.push_back("nothing, not even a whole node");
+    }
+    for (int i = 0; i < 3; i++) {
+        for (int dim = 0; dim < 3; dim++) {
+            op->src[i]->ne[dim]++;
+            check("source " + std::to_string(i) + " longer in dimension " + std::to_string(dim));
+            op->src[i]->ne[dim]--;
+        }
+        op->src[i]->type = GGML_TYPE_F16;
+        check("source " + std::to_string(i) + " in F16");
+        op->src[i]->type = GGML_TYPE_F32;
+    }
+    for (int i : { 0, 1 }) {
+        const int32_t whole = op->op_params[i];
+        for (int32_t wrong : { -1, 9 }) {
+            op->op_params[i] = wrong;
+            check("parameter " + std::to_string(i) + " = " + std::to_string(wrong));
+        }
+        op->op_params[i] = whole;
+    }
+    op->src[2] = nullptr;
+    check("no bias, with a method");
+    op->src[0] = nullptr;
+    check("no logits");
+    return taken;
+}
+
 }  // namespace
 
 int main() {
@@ -155,6 +199,11 @@ int main() {
     if (!nan_is_inactive(runner)) {
         n_failed++;
         printf("FAIL NaN logits\n");
+    }
+    n_run++;
+    for (const std::string & what : wrongly_taken()) {
+        n_failed++;
+        printf("FAIL taken: %s\n", what.c_str());
     }
     printf("%d checks, %d failed\n", n_run, n_failed);
     return n_failed != 0;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace {
 
@@ -264,9 +265,59 @@ struct tester {
             check(0, c.n, threads);
         }
     }
+
+    // A token whose input has a NaN or an Inf comes out as NaN or Inf in every value, like one whose score is none; the
+    // other tokens keep their bits. Tiny values, whose scale has no inverse, come out tiny.
+    void not_a_number(const ffn_case & c) {
+        if (!wanted(c)) {
+            return;
+        }
+        const float              nan = std::numeric_limits<float>::quiet_NaN();
+        const float              inf = std::numeric_limits<float>::infinity();
+        ffn_data                 data(c, 5);
+        const std::vector<float> x = data.x, scores = data.scores, clean = data.compute(runner, 0, c.n, c.threads);
+        for (const float bad : { nan, inf, -inf, 1e-40f }) {
+            for (const int64_t at : { (int64_t) 1, c.h - 1 }) {
+                const int64_t token      = (at + 1) % c.n;
+                data.x                   = x;
+                data.x[token * c.h + at] = bad;
+                if (bad == 1e-40f) {
+                    std::fill_n(&data.x[token * c.h], c.h, bad);
+                }
+                const std::vector<float> got = data.compute(runner, 0, c.n, c.threads);
+                report(contained(c, clean, got, token, bad == 1e-40f), "not a number", c.name(),
+                       std::to_string(bad) + " at " + std::to_string(at) + " of token " + std::to_string(token));
+            }
+        }
+        data.x         = x;
+        data.scores[1] = nan;  // expert 1 of token 0
+        report(contained(c, clean, data.compute(runner, 0, c.n, c.threads), 0, false), "not a number", c.name(),
+               "score");
+    }
+
+    static bool contained(const ffn_case &           c,
+                          const std::vector<float> & clean,
+                          const std::vector<float> & got,
+                          int64_t                    token,
+                          bool                       tiny) {
+        for (int64_t t = 0; t < c.n; t++) {
+            for (int64_t i = t * c.h; i < (t + 1) * c.h; i++) {
+                const bool ok = t != token ? memcmp(&got[i], &clean[i], sizeof(float)) == 0 :
+                                tiny       ? std::fabs(got[i]) < 1e-30f :
+                                             !std::isfinite(got[i]);
+                if (!ok) {
+                    return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    // the CPU refuses a node that ggml_union_ffn() does not make, and takes it again when it is whole
+    void refusals();
 };
 
-// the types that llama-quantize gives to expert tensors; k-quants only where 256 divides the row
+// the types that llama-quantize gives to expert tensors; k-quants of down where 256 divides d
 struct type_pair {
     ggml_type up, down;
 };
@@ -290,7 +341,18 @@ const type_pair TYPES[] = {
     { GGML_TYPE_IQ4_XS, GGML_TYPE_IQ4_NL },
     { GGML_TYPE_Q4_0,   GGML_TYPE_F16    },
     { GGML_TYPE_F32,    GGML_TYPE_Q4_0   },
+    { GGML_TYPE_Q4_0,   GGML_TYPE_Q2_K   },
+    { GGML_TYPE_Q3_K,   GGML_TYPE_Q3_K   },
+    { GGML_TYPE_Q4_K,   GGML_TYPE_Q4_K   },
+    { GGML_TYPE_F16,    GGML_TYPE_Q5_K   },
+    { GGML_TYPE_Q4_K,   GGML_TYPE_Q6_K   },
+    { GGML_TYPE_IQ4_XS, GGML_TYPE_IQ4_XS },
 };
+
+// rows of down that hold whole blocks of the type
+int64_t width_for(ggml_type down) {
+    return std::max<int64_t>(64, ggml_blck_size(down));
+}
 
 const int64_t TOKENS[] = { 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 33, 64, 129, 512 };
 
@@ -304,18 +366,25 @@ void test_types(tester & t, extent e) {
                 ffn_case c;
                 c.up      = types.up;
                 c.down    = types.down;
+                c.d       = width_for(types.down);
                 c.packed  = packed;
                 c.n       = n;
-                c.threads = 1 + (int) (n % 4);
+                c.threads = n == 17 ? 7 : 1 + (int) (n % 4);
                 t.against_oracle(c);
             }
             ffn_case c;
             c.up     = types.up;
             c.down   = types.down;
+            c.d      = width_for(types.down);
             c.packed = packed;
             c.n      = e == extent::quick ? 12 : e == extent::normal ? 40 : 130;
             c.act    = packed ? GGML_UNION_ACT_SILU : GGML_UNION_ACT_NORM_SILU;
             t.batch_invariance(c);
+            c.n        = 3;
+            c.n_expert = 2;
+            c.active   = pattern::all;
+            c.act      = GGML_UNION_ACT_SILU;
+            t.not_a_number(c);
         }
     }
 }
@@ -388,16 +457,70 @@ void test_odd_sizes(tester & t) {
 
 // more pairs than one block of tokens may hold: the op works in several blocks
 void test_token_blocks(tester & t, extent e) {
-    ffn_case c;
-    c.h        = 32;
-    c.n_expert = 102;
-    c.d        = 128;
-    c.n        = 700;
-    c.threads  = 3;
-    t.against_oracle(c);
-    if (e != extent::quick) {
-        t.batch_invariance(c);
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_Q4_0 }) {
+        ffn_case c;
+        c.h        = 32;
+        c.n_expert = 102;
+        c.d        = 128;
+        c.n        = 700;
+        c.threads  = 3;
+        c.up = c.down = type;
+        c.gated = c.packed = type != GGML_TYPE_F32;
+        t.against_oracle(c);
+        if (e != extent::quick) {
+            t.batch_invariance(c);
+        }
     }
+}
+
+void tester::refusals() {
+    ctx_ptr ctx  = make_ctx(16);
+    auto    rows = [&](int64_t a, int64_t b) {
+        return ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, a, b);
+    };
+    auto cubes = [&](int64_t a, int64_t b) {
+        return ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, a, b, 3);
+    };
+    ggml_tensor *      op    = ggml_union_ffn(ctx.get(), rows(8, 5), cubes(8, 4), cubes(8, 4), cubes(4, 8), rows(3, 5),
+                                              ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 8),
+                                              ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 4), GGML_UNION_ACT_NORM_SILU, 1e-5f);
+    ggml_backend_dev_t cpu   = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto               check = [&](bool expected, const std::string & what) {
+        report(ggml_backend_dev_supports_op(cpu, op) == expected, "refusal", what, expected ? "refused" : "taken");
+    };
+    check(true, "whole");
+    for (int i = 0; i < 7; i++) {
+        ggml_tensor * const whole = op->src[i];
+        for (int dim = 0; dim < 4; dim++) {
+            whole->ne[dim]++;
+            check(false, "source " + std::to_string(i) + " longer in dimension " + std::to_string(dim));
+            whole->ne[dim]--;
+        }
+        if (i == 0 || i > 3) {  // weights may have any type
+            whole->type = GGML_TYPE_F16;
+            check(false, "source " + std::to_string(i) + " in F16");
+            whole->type = GGML_TYPE_F32;
+        }
+        whole->nb[1] += 2;
+        whole->nb[0] += 1;
+        check(false, "source " + std::to_string(i) + " with other strides");
+        whole->nb[1] -= 2;
+        whole->nb[0] -= 1;
+        if (i != 2 && i < 5) {
+            op->src[i] = nullptr;
+            check(false, "without source " + std::to_string(i));
+            op->src[i] = whole;
+        }
+    }
+    for (int32_t act : { -1, (int32_t) GGML_UNION_ACT_NORM_SILU_NORMS + 1 }) {
+        op->op_params[0] = act;
+        check(false, "activation " + std::to_string(act));
+    }
+    op->op_params[0] = GGML_UNION_ACT_SILU;
+    op->ne[1]++;
+    check(false, "more rows than tokens");
+    op->ne[1]--;
+    check(true, "whole again");
 }
 
 }  // namespace
@@ -423,6 +546,7 @@ int main(int argc, char ** argv) {
     test_activations(t, e);
     test_odd_sizes(t);
     test_token_blocks(t, e);
+    t.refusals();
     printf("%d checks, %d failed\n", t.n_run, t.n_failed);
     return t.n_failed != 0;
 }

@@ -39,14 +39,13 @@ float quantize_block(const float * x, int8_t * q) {
         v[i] = vld1q_f32(x + 4 * i);
         max  = vmaxq_f32(max, vabsq_f32(v[i]));
     }
-    const float amax    = vmaxvq_f32(max);
-    const float inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
+    const union_scale scale = union_scale_get(vmaxvq_f32(max));  // a NaN stays one, and becomes the integer 0
     for (int i = 0; i < 8; i += 2) {
-        const int16x4_t a = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse)));
-        const int16x4_t b = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i + 1], inverse)));
+        const int16x4_t a = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i], scale.inverse)));
+        const int16x4_t b = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i + 1], scale.inverse)));
         vst1_s8(q + 4 * i, vqmovn_s16(vcombine_s16(a, b)));
     }
-    return amax / 127.0f;
+    return scale.d;
 }
 
 void int8_act_pack(const union_weight &,

@@ -17,6 +17,25 @@ size_t general_act_size(const union_weight & w, int64_t k) {
     return ACT_HEAD + union_align(ggml_row_size(w.act_type, k));
 }
 
+bool all_finite(const float * x, int64_t n) {
+    return std::all_of(x, x + n, [](float v) { return std::isfinite(v); });
+}
+
+// n values that are no numbers, in a quantized type: zeros with the scale NaN. Upstream's quantizers would make numbers
+// of them. Every type of activations begins its blocks with the scale.
+void poison(ggml_type type, int64_t n, char * to) {
+    memset(to, 0, ggml_row_size(type, n));
+    for (int64_t i = 0; i < n; i += ggml_blck_size(type), to += ggml_type_size(type)) {
+        if (type == GGML_TYPE_Q8_K) {
+            const float nan = NAN;
+            memcpy(to, &nan, sizeof(nan));
+        } else {
+            const ggml_fp16_t nan = ggml_fp32_to_fp16(NAN);
+            memcpy(to, &nan, sizeof(nan));
+        }
+    }
+}
+
 void general_act_pack(const union_weight & w,
                       int64_t,
                       int64_t       first,
@@ -27,7 +46,12 @@ void general_act_pack(const union_weight & w,
     if (first == 0) {  // the other pieces of the row have the same factor
         *(float *) act = factor;
     }
-    w.from_float(x, (char *) act + ACT_HEAD + ggml_row_size(w.act_type, first), n);
+    char * to = (char *) act + ACT_HEAD + ggml_row_size(w.act_type, first);
+    if (ggml_is_quantized(w.act_type) && !all_finite(x, n)) {
+        poison(w.act_type, n, to);
+    } else {
+        w.from_float(x, to, n);
+    }
 }
 
 void vec_dot_rows(const union_weight & w,

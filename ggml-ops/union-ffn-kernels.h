@@ -10,6 +10,8 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -91,6 +93,20 @@ template <int MAX, typename F> inline void union_with_tile(int64_t n, F && dot) 
     } else {
         union_with_tile<MAX - 1>(n, dot);
     }
+}
+
+// The scale of values of at most `max` in magnitude that become 8-bit integers, and its inverse. Integers cannot say NaN or
+// Inf: a block that has one gets zeros and the scale NaN, so that every sum with it is NaN.
+struct union_scale {
+    float d, inverse;
+};
+
+inline union_scale union_scale_get(float max) {
+    if (!(max <= FLT_MAX)) {
+        return { NAN, 0.0f };
+    }
+    return max < 1e-36f ? union_scale{ 0.0f, 0.0f } :  // 127 / max would be Inf
+                          union_scale{ max / 127.0f, 127.0f / max };
 }
 
 // reduce() of the kernels with one lane

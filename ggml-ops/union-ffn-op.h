@@ -8,6 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// whether dst has the sources, types and shapes that ggml_union_ffn() asserts: a graph may come from elsewhere (RPC)
+bool union_op_check(const ggml_tensor * dst);
+
 struct union_op {
     const ggml_tensor * x;         // F32 [n_embd, n_tokens]
     const ggml_tensor * up;        // [n_embd, d, n_expert]
@@ -56,9 +59,9 @@ inline bool union_act_has_norm(ggml_union_act act) {
 inline float union_act_scalar(ggml_union_act act, float v) {
     switch (act) {
         case GGML_UNION_ACT_RELU:
-            return v > 0.0f ? v : 0.0f;
+            return v < 0.0f ? 0.0f : v;  // a NaN stays one
         case GGML_UNION_ACT_RELU_SQUARED:
-            return v > 0.0f ? v * v : 0.0f;
+            return v < 0.0f ? 0.0f : v * v;
         case GGML_UNION_ACT_GELU:
             return 0.5f * v * (1.0f + std::erf(v * 0.70710678f));
         default:

@@ -38,10 +38,10 @@ size_t q6_act_size(const union_weight &, int64_t k) {
 void q6_act_pack(const union_weight &, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
     q6_act * a = (q6_act *) act + first / QK_K;
     for (int64_t i = 0; i < n; i += QK_K, a++) {
-        const float max = largest_magnitude(x + i, QK_K);
-        a->d            = max / 127.0f * factor;
+        const union_scale scale = union_scale_get(largest_magnitude(x + i, QK_K));
+        a->d                    = scale.d * factor;
         for (int64_t j = 0; j < QK_K; j += BLOCK) {
-            quantize_block(x + i + j, max > 0.0f ? 127.0f / max : 0.0f, a->q + j);
+            quantize_block(x + i + j, scale.inverse, a->q + j);
         }
         for (int g = 0; g < (int) GROUPS; g++) {
             const int8_t * q = a->q + 16 * group_at(g);

@@ -47,20 +47,25 @@ struct int8_act {
     }
 };
 
-// the largest magnitude of n values, n a multiple of 8
+// the largest magnitude of n values, n a multiple of 8; NaN if one of them is: magnitudes are ordered like their bits
 inline float largest_magnitude(const float * x, int64_t n) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256       max  = _mm256_setzero_ps();
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    __m256i       max  = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; i += 8) {
-        max = _mm256_max_ps(max, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+        max = _mm256_max_epi32(max, _mm256_and_si256(size, _mm256_loadu_si256((const __m256i *) (x + i))));
     }
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
-    m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
+    m         = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m         = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(m));
 }
 
 // quantizes 32 values to q, returns the sum of the quantized values
 inline int32_t quantize_block(const float * x, float inverse, int8_t * q) {
+    if (inverse == 0.0f) {
+        memset(q, 0, BLOCK);
+        return 0;
+    }
     __m256i n[4];
     for (int i = 0; i < 4; i++) {
         n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
@@ -80,11 +85,11 @@ template <typename F>
 inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act, F && finish) {
     int8_act a(act, k);
     for (int64_t i = 0; i < n; i += BLOCK) {
-        const int64_t b   = (first + i) / BLOCK;
-        const float   max = largest_magnitude(x + i, BLOCK);
-        const int32_t sum = quantize_block(x + i, max > 0.0f ? 127.0f / max : 0.0f, a.q + first + i);
-        a.d[b]            = max / 127.0f * factor;
-        a.c[b]            = finish(a.q + first + i, sum);
+        const int64_t     b     = (first + i) / BLOCK;
+        const union_scale scale = union_scale_get(largest_magnitude(x + i, BLOCK));
+        const int32_t     sum   = quantize_block(x + i, scale.inverse, a.q + first + i);
+        a.d[b]                  = scale.d * factor;
+        a.c[b]                  = finish(a.q + first + i, sum);
     }
 }
 

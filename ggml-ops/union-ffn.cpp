@@ -68,6 +68,9 @@ size_t plan_thread_size(const union_plan & p) {
 }
 
 bool union_plan_get(const ggml_tensor * dst, int n_tasks, union_plan & p) {
+    if (!union_op_check(dst)) {
+        return false;
+    }
     p.op = union_op_get(dst);
     if (!union_weight_get(p.op.up, &p.up) || !union_weight_get(p.op.down, &p.down) ||
         (p.op.gate && !union_weight_get(p.op.gate, &p.gate))) {
@@ -333,6 +336,33 @@ void down_phase(const union_run & run, int64_t n_up_pieces) {
 }
 
 }  // namespace
+
+static bool is_rows(const ggml_tensor * t, int64_t ne0, int64_t ne1) {
+    return t && t->type == GGML_TYPE_F32 && t->ne[0] == ne0 && t->ne[1] == ne1 && ggml_is_matrix(t) &&
+           t->nb[0] == sizeof(float) && t->nb[1] % sizeof(float) == 0;
+}
+
+static bool is_experts(const ggml_tensor * t, int64_t ne0, int64_t ne1, int64_t ne2) {
+    return t && t->ne[0] == ne0 && t->ne[1] == ne1 && t->ne[2] == ne2 && t->ne[3] == 1 && ggml_is_contiguous(t) &&
+           ggml_nelements(t) > 0;
+}
+
+static bool is_vector_or_none(const ggml_tensor * t, int64_t n) {
+    return !t || (is_rows(t, n, 1) && ggml_is_contiguous(t));
+}
+
+bool union_op_check(const ggml_tensor * dst) {
+    const ggml_tensor * const * src = dst->src;
+    const int32_t               act = ggml_get_op_params_i32(dst, 0);
+    if (!src[0] || !src[1] || act < GGML_UNION_ACT_SILU || act > GGML_UNION_ACT_NORM_SILU_NORMS) {
+        return false;
+    }
+    const int64_t n_embd = src[1]->ne[0], d = src[1]->ne[1], n_expert = src[1]->ne[2], n_tokens = src[0]->ne[1];
+    return is_rows(dst, n_embd, n_tokens) && is_rows(src[0], n_embd, n_tokens) &&
+           is_experts(src[1], n_embd, d, n_expert) && (!src[2] || is_experts(src[2], n_embd, d, n_expert)) &&
+           is_experts(src[3], d, n_embd, n_expert) && is_rows(src[4], n_expert, n_tokens) &&
+           is_vector_or_none(src[5], n_embd) && is_vector_or_none(src[6], d);
+}
 
 bool ggml_union_ffn_supported(const ggml_tensor * dst) {
     union_plan p;
