@@ -45,9 +45,8 @@ def test_upstream_ops_keep_their_numbers() -> None:
     trees = (build / "pristine" / "vendor" / "llama.cpp", build / "src" / "llama.cpp")
     if not all(tree.is_dir() for tree in trees):
         pytest.skip("upstream's source is not unpacked: run `make setup`")
-    enums = [
-        re.findall(r"^\s+(GGML_OP_\w+)", (tree / "ggml/include/ggml.h").read_text(), re.MULTILINE) for tree in trees
-    ]
+    headers = [(tree / "ggml/include/ggml.h").read_text() for tree in trees]
+    enums = [re.findall(r"^\s+(GGML_OP_\w+)", header, re.MULTILINE) for header in headers]
     stock, ours = (names[: names.index("GGML_OP_COUNT")] for names in enums)
     assert ours == [*stock, "GGML_OP_RELU_ROUTER", "GGML_OP_UNION_FFN"] and len(stock) == 101
 
