@@ -146,7 +146,11 @@ void blockffn_model_base::check_tensors(const llama_model_loader & ml) const {
             throw std::runtime_error("tensor '" + name + "': expected F32; found " + ggml_type_name(t->type));
         }
         // upstream would load them, and our graphs would not multiply with them
-        if (has_suffix(name, ".scale") || has_suffix(name, ".input_scale")) {
+        const size_t dot    = std::min(name.rfind('.'), name.size());
+        const auto * beside = name.compare(dot, 6, ".scale") == 0 || name.compare(dot, 12, ".input_scale") == 0 ?
+                                  ml.get_tensor_meta((name.substr(0, dot) + ".weight").c_str()) :
+                                  nullptr;
+        if (beside && ggml_is_quantized(beside->type)) {
             throw std::runtime_error("tensor '" + name +
                                      "': models of this architecture have no scales beside their weights");
         }

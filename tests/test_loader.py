@@ -100,13 +100,18 @@ def test_tokens_that_repeat(models: Path, tmp_path: Path) -> None:
         ),
         ("blk.0.ffn_router_norm.weight", (np.zeros(7, np.int32), "I32"), r"F32.*found i32"),
         ("blk.1.attn_norm.weight", (np.zeros(68, np.uint8), "Q8_0"), r"F32, F16 or BF16; found q8_0"),
-        ("blk.0.ffn_up_exps.scale", np.ones(7, np.float32), r"no scales beside their weights"),
         ("blk.0.attn_norm.weight", np.ones(63, np.float16), r"wrong shape; expected +64, got +63"),
     ],
 )
 def test_tensor(name: str, value: Any, message: str, models: Path, tmp_path: Path) -> None:
     bad = edit_gguf(models / "mla.gguf", tmp_path / "bad.gguf", tensors={name: value})
     assert re.search(f"tensor '{re.escape(name)}'.*{message}", refusal(bad))
+
+
+def test_scales_that_no_graph_reads(models: Path, tmp_path: Path) -> None:
+    name = "blk.0.ffn_up_exps.scale"
+    bad = edit_gguf(models / "mla-q8_0.gguf", tmp_path / "bad.gguf", tensors={name: np.ones(7, np.float32)})
+    assert f"tensor '{name}': models of this architecture have no scales beside their weights" in refusal(bad)
 
 
 VECTORS = {
