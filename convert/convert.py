@@ -19,10 +19,10 @@ from gguf.utility import size_label
 
 from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
-from blockffn.convert.config import read_config
+from blockffn.convert.families import read_config
 from blockffn.convert.fields import suggest
 from blockffn.convert.metadata import SOURCE_SHA256, check_values, model_card, model_metadata, read_overrides
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model import ModelConfig
 from blockffn.convert.plan import OUTTYPES, PlannedTensor, choose_outtype, plan_tensors
 from blockffn.convert.report import ConvertReport
 from blockffn.convert.tensor_map import map_tensors

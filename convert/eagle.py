@@ -23,8 +23,8 @@ from gguf import GGML_QUANT_VERSION
 from blockffn import gguf_contract as names
 from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
-from blockffn.convert.config import read_config
 from blockffn.convert.draft_tokens import read_draft_tokens
+from blockffn.convert.families import read_config
 from blockffn.convert.fields import LARGEST_INTEGER, shown
 from blockffn.convert.metadata import FILE_TYPES, check_values, model_metadata
 from blockffn.convert.plan import OUTTYPES, TYPES, PlannedTensor, choose_outtype, plan_tensors

@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_VERSION, Keys, LlamaFileType
 from blockffn import gguf_contract as names
 from blockffn.convert.checkpoint import HUB_ID, Checkpoint, read_json
 from blockffn.convert.fields import fits_f32, shown
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model import ModelConfig
 from blockffn.errors import BlockffnError
 
 FILE_TYPES = {

@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from blockffn import gguf_contract as names
 from blockffn.convert.checkpoint import Checkpoint, to_float32
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model import ModelConfig
 from blockffn.convert.tensor_map import Array, Source, load_array
 from blockffn.errors import BlockffnError
 

@@ -1,4 +1,4 @@
-"""Every checkpoint layout -> canonical tensors (names and shapes: blockffn.convert.model_config).
+"""Every checkpoint layout -> canonical tensors (names and shapes: blockffn.convert.model).
 
     config, tensors = load_canonical("BlockFFN-Medium")
     tensors["layers.0.up_exps"].shape    # torch.Size([40, 128, 1280]), read when asked for
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockffn.convert.checkpoint import BF16, DTYPES, Checkpoint, open_checkpoint
-from blockffn.convert.config import read_config
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.families import read_config
+from blockffn.convert.model import ModelConfig
 from blockffn.convert.tensor_names import BMTRAIN, DECO_MOE, HF, expert_sources
 from blockffn.errors import BlockffnError
 

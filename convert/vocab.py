@@ -18,9 +18,9 @@ from typing import Any
 from gguf import Keys
 
 from blockffn.convert.checkpoint import Checkpoint, read_json, read_text
-from blockffn.convert.config_common import token_ids
 from blockffn.convert.fields import Fields, shown
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.hugging_face import token_ids
+from blockffn.convert.model import ModelConfig
 from blockffn.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, read_sentencepiece
 from blockffn.convert.tokenizer_json import read_tokenizer_json
 from blockffn.errors import BlockffnError

@@ -114,7 +114,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def canonical_tensors(shape: Shape) -> dict[str, Tensor]:
-    """Draw all canonical tensors (names: convert/model_config.py), float32."""
+    """Draw all canonical tensors (names: convert/model.py), float32."""
     generator = torch.Generator().manual_seed(shape.seed)
     h, tensors = shape.n_embd, {}
 

@@ -12,9 +12,9 @@ from checkpoints import write_checkpoint
 
 from blockffn.convert import load_canonical
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
-from blockffn.convert.config import read_config
-from blockffn.convert.config_deco import parse_layer_freq
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.deco import parse_layer_freq
+from blockffn.convert.families import read_config
+from blockffn.convert.model import ModelConfig
 from blockffn.errors import BlockffnError
 
 DECO: dict[str, Any] = {"family": "deco", "norm": "simple", "attention": "gqa", "n_head": 4, "n_head_kv": 4}

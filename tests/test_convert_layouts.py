@@ -13,7 +13,7 @@ from gguf import GGUFReader, quants
 
 from blockffn.convert import convert_checkpoint, load_canonical, pickles
 from blockffn.convert.checkpoint import open_checkpoint
-from blockffn.convert.config import read_config
+from blockffn.convert.families import read_config
 
 GQA = {"attention": "gqa", "n_head": 4, "n_head_kv": 2}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 from blockffn.training.reference import Decoder, ReferenceModel
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from blockffn.convert.save import export_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
 from blockffn.training import cli, corpus, objectives
 from blockffn.training.config import OptimizerConfig, read_config
-from blockffn.training.export import export_checkpoint
 from blockffn.training.loop import Windows
 from blockffn.training.optim import clip_gradients, orthogonalise, wsd
 from blockffn.training.reference import Decoder, ReferenceModel

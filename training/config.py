@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 
 if sys.version_info >= (3, 11):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model import ModelConfig
+from blockffn.convert.save import save_tensors, write_json
 from blockffn.errors import BlockffnError
 from blockffn.training.config import (
     CorpusConfig,
@@ -34,7 +35,6 @@ from blockffn.training.config import (
     read_tables,
 )
 from blockffn.training.corpus import Corpus, prepare
-from blockffn.training.export import save_tensors, write_json
 from blockffn.training.loop import TrainingLoop, Windows
 from blockffn.training.reference import DenseFfn, GqaAttention, ReferenceModel, parameter, rms_norm
 

@@ -8,7 +8,7 @@
 
 This is what the C++ graph is compared with, and the trainer trains these very modules. Nothing is cached, absorbed,
 folded or skipped: every expert is computed and multiplied with its score, zero or not. Parameters carry the canonical
-names and shapes of blockffn.convert.model_config. B sequences of T tokens, h = hidden size, E experts of width d.
+names and shapes of blockffn.convert.model. B sequences of T tokens, h = hidden size, E experts of width d.
 Sources: BlockFFN arXiv 2507.08771, DECO arXiv 2605.10933, MLA DeepSeek-V2 arXiv 2405.04434 section 2.1.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 
 SUM_EPS = 1e-5  # in the denominator of router norm `sum`
@@ -320,7 +320,7 @@ class Decoder(nn.Module):
         return [ffn.selected(r) > 0 for ffn, r in zip(self.expert_layers(), routers, strict=True)]
 
     def canonical(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under the names of blockffn.convert.model_config: ``layers.0.q_a``, not ``...attention.q_a``."""
+        """Parameters under the names of blockffn.convert.model: ``layers.0.q_a``, not ``...attention.q_a``."""
         for name, value in self.named_parameters():
             yield re.sub(r"^(layers\.\d+)\.(?:attention|ffn)\.", r"\1.", name), value
 

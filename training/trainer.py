@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockffn.convert.save import export_checkpoint
 from blockffn.training import objectives
 from blockffn.training.config import TrainConfig
 from blockffn.training.corpus import Corpus, document_ids, prepare
-from blockffn.training.export import export_checkpoint
 from blockffn.training.loop import TrainingLoop, Windows
 from blockffn.training.reference import Decoder
 

@@ -13,16 +13,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockffn.convert.model_config import ModelConfig, MoeConfig
+from blockffn.convert.model import ModelConfig, MoeConfig
 from blockffn.convert.tensor_names import DECO_MOE, HF
 from blockffn.errors import BlockffnError
-from blockffn.training.reference import Decoder
+
+if TYPE_CHECKING:
+    from blockffn.training.reference import Decoder
 
 DECO_EXPERTS = {
     "up_exps": "mlp.expert_up_proj.weight",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockffn.convert import config_blockffn, config_deco
+from blockffn.convert import blockffn, deco
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.fields import shown
-from blockffn.convert.model_config import ModelConfig
+from blockffn.convert.model import ModelConfig
 from blockffn.errors import BlockffnError
 
 OURS = "MiniCPMForCausalLM with ffn_type (BlockFFN, its dense twin, ReMoE) or BlockFFNForCausalLM (DECO)"
@@ -22,16 +22,16 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     config = checkpoint.config
     name = _architecture(config)
     if "dim_model" in config:
-        return config_blockffn.read_bmtrain(checkpoint)
+        return blockffn.read_bmtrain(checkpoint)
     if name == "BlockFFNForCausalLM" or (name is None and config.get("model_type") == "blockffn"):
-        return config_deco.read(checkpoint)
+        return deco.read(checkpoint)
     if {"fc.weight", "input_norm1.weight"} <= set(checkpoint.tensors):
         raise BlockffnError(
             f"{checkpoint.folder}: an EAGLE draft head, not a model; convert it with --target naming the model it "
             "drafts for"
         )
     if config.get("ffn_type") is not None and name in (None, "MiniCPMForCausalLM"):
-        return config_blockffn.read(checkpoint)
+        return blockffn.read(checkpoint)
     if name == "MiniCPMForCausalLM" or config.get("model_type") == "minicpm":
         raise BlockffnError(
             "config.json: ffn_type is missing: this is an ordinary MiniCPM model, not a BlockFFN one; convert it "

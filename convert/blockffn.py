@@ -13,7 +13,8 @@ import math
 from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
-from blockffn.convert.config_common import (
+from blockffn.convert.fields import Fields, shown
+from blockffn.convert.hugging_face import (
     DENSE_ACTIVATIONS,
     EXPERT_ACTIVATIONS,
     HARMLESS,
@@ -25,8 +26,7 @@ from blockffn.convert.config_common import (
     read_vocab_size,
     refuse_other_meanings,
 )
-from blockffn.convert.fields import Fields, shown
-from blockffn.convert.model_config import MlaConfig, ModelConfig, MoeConfig
+from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.convert.tensor_names import BMTRAIN, HF
 from blockffn.errors import BlockffnError
 

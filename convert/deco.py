@@ -14,7 +14,8 @@ import difflib
 from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
-from blockffn.convert.config_common import (
+from blockffn.convert.fields import Fields, shown
+from blockffn.convert.hugging_face import (
     HARMLESS,
     count_layers,
     model_name,
@@ -23,8 +24,7 @@ from blockffn.convert.config_common import (
     read_vocab_size,
     refuse_other_meanings,
 )
-from blockffn.convert.fields import Fields, shown
-from blockffn.convert.model_config import ModelConfig, MoeConfig
+from blockffn.convert.model import ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 
 EXPERT_ACTS = {
