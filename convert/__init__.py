@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-from blockffn.convert.convert import convert_checkpoint
-from blockffn.convert.report import ConvertReport
+from blockffn.convert.convert import ConvertReport, convert_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 
 __all__ = ["ConvertReport", "convert_checkpoint", "load_canonical"]

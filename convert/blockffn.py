@@ -1,6 +1,7 @@
-"""BlockFFN configurations: Hugging Face files of the class MiniCPMForCausalLM and BMTrain training files.
+"""BlockFFN, its dense twin and ReMoE: Hugging Face files of the class MiniCPMForCausalLM, and BMTrain training files.
 
     read(open_checkpoint("BlockFFN-Medium")).moe.router_norm    # "rms"
+    write(config)["norm_after_router"]                           # "rms"; HF, REMOE and BMTRAIN name the tensors
 
 Traps that this module settles (BlockFFN arXiv 2507.08771 and the published files): intermediate_size is stale in block
 models; v_head_dim is ignored by the authors' code, which uses hidden_size / num_attention_heads; the norms inside MLA
@@ -15,9 +16,11 @@ from typing import Any
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.fields import Fields, shown
 from blockffn.convert.hugging_face import (
+    DECODER,
     DENSE_ACTIVATIONS,
     EXPERT_ACTIVATIONS,
     HARMLESS,
+    LAYER,
     check_heads,
     count_layers,
     model_name,
@@ -25,11 +28,90 @@ from blockffn.convert.hugging_face import (
     read_token_ids,
     read_vocab_size,
     refuse_other_meanings,
+    shared_keys,
 )
+from blockffn.convert.layout import SAME, SIDE_BY_SIDE, STACKED, STACKED_TRANSPOSED, TRANSPOSED, Layout
 from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
-from blockffn.convert.tensor_names import BMTRAIN, HF
 from blockffn.errors import BlockffnError
 
+HF = Layout(
+    LAYER,
+    {
+        **DECODER,
+        "q_a": "self_attn.q_a_proj.weight",
+        "q_a_norm": "self_attn.q_a_layernorm.weight",
+        "q_b": "self_attn.q_b_proj.weight",
+        "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+        "kv_a_norm": "self_attn.kv_a_layernorm.weight",
+        "kv_b": "self_attn.kv_b_proj.weight",
+        "router": "mlp.router_proj.weight",
+        "up_exps": (
+            ("mlp.up_proj", STACKED),  # ffn_type block_linear
+            ("mlp.up_proj", SAME),  # ffn_type block
+            ("mlp.experts.up_proj.weight", SAME),  # block_implementation fastmoe
+            ("mlp.mlp.up_proj", STACKED),  # block_implementation megablocks
+        ),
+        "down_exps": (
+            ("mlp.down_proj", SIDE_BY_SIDE),
+            ("mlp.down_proj", SAME),
+            ("mlp.experts.down_proj.weight", SAME),
+            ("mlp.mlp.down_proj", STACKED_TRANSPOSED),
+        ),
+    },
+)
+REMOE = Layout(
+    LAYER,
+    {
+        **HF.parts,
+        "router": "mlp.router.weight",
+        "up_exps": "mlp.experts.up_proj.weight",
+        "down_exps": "mlp.experts.down_proj.weight",
+    },
+)
+_ATTENTION = "self_att.self_attention."
+_FFN = "ffn.ffn."
+BMTRAIN = Layout(
+    "encoder.layers.{i}.",
+    {
+        "embed": "input_embedding.weight",
+        "output_norm": "encoder.output_layernorm.weight",
+        "lm_head": "lm_head.weight",
+        "attn_norm": "self_att.layernorm_before_attention.weight",
+        "ffn_norm": "ffn.layernorm_before_ffn.weight",
+        "q_a": _ATTENTION + "q_down_proj.weight",
+        "q_a_norm": _ATTENTION + "q_down_layernorm.weight",
+        "q_b": _ATTENTION + "q_up_proj.weight",
+        "kv_a": _ATTENTION + "kv_down_proj.weight",
+        "kv_a_norm": _ATTENTION + "kv_down_layernorm.weight",
+        "kv_b": _ATTENTION + "kv_up_proj.weight",
+        "q": _ATTENTION + "project_q.weight",
+        "k": _ATTENTION + "project_k.weight",
+        "v": _ATTENTION + "project_v.weight",
+        "o": ((_ATTENTION + "o_proj.weight", SAME), (_ATTENTION + "attention_out.weight", SAME)),  # MLA, plain
+        "gate": _FFN + "w_in.w_0.weight",
+        "up": _FFN + "w_in.w_1.weight",
+        "down": _FFN + "w_out.weight",
+        "router": (
+            (_FFN + "moe_router.w_gate", TRANSPOSED),
+            (_FFN + "moe_router.w_gate", SAME),
+            (_FFN + "router.weight", SAME),  # ReMoE
+            (_FFN + "router.weight", TRANSPOSED),
+        ),
+        "router_norm": _FFN + "router_norm.weight",
+        "up_exps": (
+            (_FFN + "moe_experts.moe_w_in", SAME),
+            (_FFN + "moe_experts.moe_w_in", STACKED),
+            (_FFN + "experts.w_in.w_0.weight", SAME),  # ReMoE
+        ),
+        "down_exps": (
+            (_FFN + "moe_experts.moe_w_out", SAME),
+            (_FFN + "moe_experts.moe_w_out", SIDE_BY_SIDE),
+            (_FFN + "experts.w_out.weight", SAME),
+        ),
+        "shared_up": _FFN + "shared_experts.w_in.w_0.weight",
+        "shared_down": _FFN + "shared_experts.w_out.weight",
+    },
+)
 MLA_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm are built without an eps argument
 FFN_TYPES = {"block": "blockffn", "block_linear": "blockffn", "vanilla": "vanilla", "moe": "remoe"}
 NORMS = {"rms": "rms", "sum": "sum", "none": "none"}
@@ -50,35 +132,47 @@ UNUSED = (
 
 
 def read(checkpoint: Checkpoint) -> ModelConfig:
-    """Read a Hugging Face config.json whose ffn_type is block, block_linear, vanilla or moe."""
-    return _read(checkpoint, Fields(checkpoint.config, "config.json", checkpoint.note), HF)
-
-
-def read_bmtrain(checkpoint: Checkpoint) -> ModelConfig:
-    """Read the config.json of a BMTrain training run; its keys are translated into the Hugging Face names first."""
-    own = Fields(checkpoint.config, "config.json", checkpoint.note)
-    refuse_other_meanings(own)
-    values = _translate_bmtrain(checkpoint, own)
-    own.check_unknown(BMTRAIN_HARMLESS, ())
+    """Read config.json: a Hugging Face one whose ffn_type is block, block_linear, vanilla or moe, or a BMTrain one."""
+    fields = Fields(checkpoint.config, "config.json", checkpoint.note)
+    if not is_bmtrain(checkpoint):
+        return _read(checkpoint, fields, HF)
+    refuse_other_meanings(fields)
+    values = _translate_bmtrain(checkpoint, fields)
+    fields.check_unknown(BMTRAIN_HARMLESS, ())
     return _read(checkpoint, Fields(values, "config.json (translated from BMTrain names)", checkpoint.note), BMTRAIN)
 
 
-def _read(checkpoint: Checkpoint, fields: Fields, names: dict[str, str]) -> ModelConfig:
+def is_bmtrain(checkpoint: Checkpoint) -> bool:
+    """Whether the keys are those of a training run."""
+    return "dim_model" in checkpoint.config
+
+
+def layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
+    """The layout of a checkpoint that has been read."""
+    return BMTRAIN if is_bmtrain(checkpoint) else written_layout(config)
+
+
+def written_layout(config: ModelConfig) -> Layout:
+    """The layout that goes with `write`: block_linear, as published."""
+    return REMOE if config.family == "remoe" else HF
+
+
+def _read(checkpoint: Checkpoint, fields: Fields, layout: Layout) -> ModelConfig:
     family = fields.choice("ffn_type", FFN_TYPES)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     check_heads(fields, hidden, heads)
-    n_layer = _layers(checkpoint, fields, names["layer"].removesuffix("{i}."))
+    n_layer = _layers(checkpoint, fields, layout.layer.removesuffix("{i}."))
     refuse_other_meanings(fields)
     n_ctx = fields.integer("max_position_embeddings", 4096)
     rope_base, scaling, factor = read_rope(fields, n_ctx)
     rms_eps = fields.number("rms_norm_eps", 1e-6)
     moe = _read_moe(checkpoint, fields, family, rms_eps)
     bos, eos, pad = read_token_ids(fields)
-    mla = _read_mla(checkpoint, fields, _v_head_dim(fields, hidden // heads, trained=names is BMTRAIN))
+    mla = _read_mla(checkpoint, fields, _v_head_dim(fields, hidden // heads, trained=layout is BMTRAIN))
     config = ModelConfig(
         name=model_name(checkpoint),
         family=family,
-        n_vocab=read_vocab_size(checkpoint, fields, names["embed"]),
+        n_vocab=read_vocab_size(checkpoint, fields, str(layout.parts["embed"])),
         n_embd=hidden,
         n_layer=n_layer,
         n_head=heads,
@@ -268,3 +362,56 @@ def _translate_bmtrain(checkpoint: Checkpoint, own: Fields) -> dict[str, Any]:
             "none"  # the default of the authors' conversion script, unlike that of their HF class
         )
     return values
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json in the words of the published files; `read` gives the same model back."""
+    moe, mla = config.moe, config.mla
+    activation = config.dense_activation if moe is None else moe.activation
+    keys = shared_keys(config) | {
+        "architectures": ["MiniCPMForCausalLM"],
+        "hidden_act": "relu2" if activation == "relu_squared" else activation,
+        "num_hidden_layers": config.n_layer,
+        "num_key_value_heads": config.n_head_kv,
+        "rms_norm_eps": config.rms_eps,
+        "scale_emb": config.embedding_scale,
+        "scale_depth": _dividend(config.residual_scale, math.sqrt(config.n_layer)),
+        "dim_model_base": _dividend(config.logit_scale, config.n_embd),
+        "attention_type": "mla" if mla else "vanilla",
+    }
+    if mla:
+        keys |= {
+            "q_lora_rank": mla.q_lora_rank,
+            "kv_lora_rank": mla.kv_lora_rank,
+            "qk_nope_head_dim": mla.nope_head_dim,
+            "qk_rope_head_dim": mla.rope_head_dim,
+            "v_head_dim": mla.v_head_dim,
+        }
+    if moe is None:
+        return keys | {"ffn_type": "vanilla", "intermediate_size": config.dense_dim[0]}
+    if config.family == "remoe":
+        shared = moe.shared_dim // moe.expert_dim
+        return keys | {
+            "ffn_type": "moe",
+            "moe_routing_strategy": "relu",
+            "num_experts": moe.n_expert + shared,
+            "num_shared_experts": shared,
+            "intermediate_size": moe.expert_dim,
+        }
+    return keys | {
+        "ffn_type": "block_linear",
+        "ffn_gated": False,
+        "intermediate_size": moe.n_expert * moe.expert_dim,
+        "num_experts": moe.n_expert,
+        "expert_size": moe.expert_dim,
+        "router_act": "relu",
+        "norm_after_router": moe.router_norm,
+        "norm_scale": moe.router_norm_scale,
+    }
+
+
+def _dividend(quotient: float, divisor: float) -> float:
+    """The number that divided by `divisor` gives `quotient`, to the last bit."""
+    near = quotient * divisor
+    nearby = (near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    return next((value for value in nearby if value / divisor == quotient), near)

@@ -125,6 +125,16 @@ def read_json(path: Path, cure: str) -> Any:
         raise BlockffnError(f"{path}: not valid JSON ({error}); restore the original file") from error
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    values = read_json(path, "")
+    if not isinstance(values, dict):
+        raise BlockffnError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 def read_text(path: Path) -> str:
     """Return the content of a UTF-8 file."""
     try:

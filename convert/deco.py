@@ -1,6 +1,7 @@
-"""DECO configurations (BlockFFN v2, arXiv 2605.10933): Hugging Face class BlockFFNForCausalLM.
+"""DECO (BlockFFN v2, arXiv 2605.10933), Hugging Face class BlockFFNForCausalLM: its config.json and its tensors.
 
     read(open_checkpoint("DECO-0.5B")).moe.activation    # "norm_silu"
+    write(config)["expert_act_func"]                      # "norm_silu"; LAYOUT names and arranges the tensors
 
 The published config.json holds two generations of keys: those of a base model (num_hidden_layers, ...), stale, and
 those of the training framework (num_layers, ...), true. Where two keys name one thing, the tensor shapes decide which
@@ -16,17 +17,34 @@ from typing import Any
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.fields import Fields, shown
 from blockffn.convert.hugging_face import (
+    DECODER,
     HARMLESS,
+    LAYER,
     count_layers,
     model_name,
     read_rope,
     read_token_ids,
     read_vocab_size,
     refuse_other_meanings,
+    shared_keys,
 )
+from blockffn.convert.layout import SAME, SCALAR, SIDE_BY_SIDE, STACKED, Layout
 from blockffn.convert.model import ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 
+LAYOUT = Layout(
+    LAYER,
+    {
+        **DECODER,
+        "router": "mlp.moe_router.weight",
+        "router_norm": (("mlp.router_norm.weight", SAME), ("mlp.router_norm.weight", SCALAR)),
+        "expert_bias": "mlp.expert_bias",
+        "act_norm": "mlp.expert_act.rms_norm.weight",
+        "gate_exps": (("mlp.expert_gate_proj.weight", STACKED),),
+        "up_exps": (("mlp.expert_up_proj.weight", STACKED),),
+        "down_exps": (("mlp.expert_down_proj.weight", SIDE_BY_SIDE),),
+    },
+)
 EXPERT_ACTS = {
     "silu": "silu", "relu": "relu", "gelu": "gelu", "sqrelu": "relu_squared", "norm_silu": "norm_silu",
     "norm_silu_nomean": "norm_silu_nomean", "norm_silu_norms": "norm_silu_norms",
@@ -333,3 +351,50 @@ def _gated(checkpoint: Checkpoint, fields: Fields) -> bool:
             f"{'there' if has_gate else 'not there'}"
         )
     return has_gate
+
+
+def unused(checkpoint: Checkpoint) -> set[str]:
+    """Tensors that the authors' code does not read: router_norm beside router_norm_type null."""
+    if checkpoint.config.get("router_norm_type") not in (None, "null"):
+        return set()
+    ignored = {name for name in checkpoint.tensors if name.endswith(".mlp.router_norm.weight")}
+    if ignored:
+        checkpoint.note("router_norm.weight is there but not used: router_norm_type is null")
+    return ignored
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json: the training framework's keys, which are the true ones; `read` gives the same model back."""
+    moe = config.moe
+    if moe is None:
+        raise BlockffnError("export: a DECO model needs experts; give a dense twin the family vanilla")
+    widths = [width for width in config.dense_dim if width]
+    fixed = moe.router_weight == 0
+    return shared_keys(config) | {
+        "architectures": ["BlockFFNForCausalLM"],
+        "model_type": "blockffn",
+        "use_blockffn": True,
+        "use_mup": False,
+        "eos_token_id": list(config.eos_ids),
+        "hidden_act": config.dense_activation,
+        "num_layers": config.n_layer,
+        "num_query_groups": config.n_head_kv,
+        "head_dim": config.head_dim,
+        "ffn_hidden_size": widths[0] if widths else moe.n_expert * moe.expert_dim,
+        "norm_epsilon": config.rms_eps,
+        "moe_layer_freq": [0 if width else 1 for width in config.dense_dim],
+        "num_experts": moe.n_expert,
+        "moe_ffn_hidden_size": moe.expert_dim,
+        "moe_shared_expert_intermediate_size": moe.shared_dim or None,
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": moe.bias_method != "none",
+        "moe_expert_bias_apply_method": moe.bias_method if moe.bias_method != "none" else "base",
+        "router_act_func": "relu",
+        "router_norm_type": {"none": "simple", "rms": "rms", "normal": "normal"}[moe.router_norm],
+        "router_norm_fixed": fixed,
+        "router_norm_scalar": moe.router_weight == 1,
+        "router_norm_init_var": moe.router_scale if fixed else 0.1,
+        "expert_act_func": next(word for word, name in EXPERT_ACTS.items() if name == moe.activation),
+        "expert_act_norm_type": "normal",
+        "expert_not_gated": not moe.gated,
+    }

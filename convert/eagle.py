@@ -23,12 +23,12 @@ from gguf import GGML_QUANT_VERSION
 from blockffn import gguf_contract as names
 from blockffn.convert import writer
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
+from blockffn.convert.convert import ConvertReport
 from blockffn.convert.draft_tokens import read_draft_tokens
 from blockffn.convert.families import read_config
 from blockffn.convert.fields import LARGEST_INTEGER, shown
 from blockffn.convert.metadata import FILE_TYPES, check_values, model_metadata
 from blockffn.convert.plan import OUTTYPES, TYPES, PlannedTensor, choose_outtype, plan_tensors
-from blockffn.convert.report import ConvertReport
 from blockffn.convert.tensor_map import Array, map_tensors
 from blockffn.convert.vocab import read_vocab
 from blockffn.errors import BlockffnError

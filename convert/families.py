@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig: decides whose configuration it is and hands over to that reader.
+"""Whose checkpoint is it? Hands over to the file of the family: blockffn (with its dense twin and ReMoE) or deco.
 
 config = read_config(open_checkpoint("BlockFFN-XLarge"))
 config.moe.n_expert    # 56
@@ -11,6 +11,7 @@ from typing import Any
 from blockffn.convert import blockffn, deco
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.fields import shown
+from blockffn.convert.layout import Layout
 from blockffn.convert.model import ModelConfig
 from blockffn.errors import BlockffnError
 
@@ -21,8 +22,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """Return the model's configuration, checked against the tensor shapes. Decisions go to checkpoint.notes."""
     config = checkpoint.config
     name = _architecture(config)
-    if "dim_model" in config:
-        return blockffn.read_bmtrain(checkpoint)
+    if blockffn.is_bmtrain(checkpoint):
+        return blockffn.read(checkpoint)
     if name == "BlockFFNForCausalLM" or (name is None and config.get("model_type") == "blockffn"):
         return deco.read(checkpoint)
     if {"fc.weight", "input_norm1.weight"} <= set(checkpoint.tensors):
@@ -41,6 +42,24 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         f"config.json: architectures: expected {OURS}, found {shown(name)}; other models are converted with "
         "llama.cpp's own convert_hf_to_gguf.py"
     )
+
+
+def layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
+    """How this checkpoint names and stores its tensors."""
+    return deco.LAYOUT if config.family == "deco" else blockffn.layout(checkpoint, config)
+
+
+def unused(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
+    """Tensors that may be there without meaning: cached RoPE frequencies, and what a family does not read."""
+    found = {name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")}
+    return found | (deco.unused(checkpoint) if config.family == "deco" and config.moe else set())
+
+
+def write_config(config: ModelConfig) -> tuple[dict[str, Any], Layout]:
+    """Return config.json and the layout in which a model is written; `read_config` gives the same model back."""
+    if config.family == "deco":
+        return deco.write(config), deco.LAYOUT
+    return blockffn.write(config), blockffn.written_layout(config)
 
 
 def _architecture(config: dict[str, Any]) -> str | None:

@@ -1,4 +1,9 @@
-"""What both configuration readers share: names of activations, RoPE scaling, token ids, harmless keys."""
+"""What the Hugging Face files of all families share: names of a decoder's tensors, activations, positions, token ids.
+
+    read_rope(Fields(config, "config.json", print), n_ctx_train=4096)    # (10000.0, "none", 1.0)
+
+`shared_keys` writes what the other functions read.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,33 @@ from typing import Any
 
 from blockffn.convert.checkpoint import Checkpoint
 from blockffn.convert.fields import Fields, shown
+from blockffn.convert.model import ModelConfig
 from blockffn.errors import BlockffnError
 
 # Dense and shared FFNs; gelu is the exact one (erf) in every checkpoint.
 DENSE_ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 EXPERT_ACTIVATIONS = {**DENSE_ACTIVATIONS, "relu2": "relu_squared", "sqrelu": "relu_squared"}
+
+# Canonical part -> name, of a Llama-style decoder: see blockffn.convert.layout.
+LAYER = "model.layers.{i}."
+DECODER = {
+    "embed": "model.embed_tokens.weight",
+    "output_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "router_norm": "mlp.router_norm.weight",
+    "shared_gate": "mlp.shared_experts.gate_proj.weight",
+    "shared_up": "mlp.shared_experts.up_proj.weight",
+    "shared_down": "mlp.shared_experts.down_proj.weight",
+}
 
 # Keys of Hugging Face configurations that change nothing in the numbers of a forward pass.
 HARMLESS = (
@@ -170,3 +197,21 @@ def check_heads(fields: Fields, hidden: int, heads: int) -> None:
             f"{fields.file}: num_attention_heads: expected a divisor of hidden_size = {hidden}, found {heads}; "
             "correct the file"
         )
+
+
+def shared_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json that all families write alike."""
+    scaled = config.rope_scaling != "none"
+    return {
+        "vocab_size": config.n_vocab,
+        "hidden_size": config.n_embd,
+        "num_attention_heads": config.n_head,
+        "max_position_embeddings": config.n_ctx_train,
+        "rope_theta": config.rope_base,
+        "rope_scaling": {"type": config.rope_scaling, "factor": config.rope_factor} if scaled else None,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids),
+        "pad_token_id": config.pad_id,
+        "torch_dtype": "bfloat16",
+    }

@@ -1,4 +1,4 @@
-"""What a BlockFFN or DECO checkpoint is, in one form: `ModelConfig`, made by the configuration readers of this package.
+"""What a BlockFFN or DECO checkpoint is, in one form: `ModelConfig`, and the names and shapes of its tensors.
 
 Nothing here has a default: a reader either finds a value, applies the default that the authors' code applies (and says
 so), or raises. The torch reference (blockffn.training.reference), the tensor plan and the GGUF writer all read this.
@@ -79,14 +79,54 @@ class ModelConfig:
         return tuple(i for i, width in enumerate(self.dense_dim) if width == 0)
 
 
-# Canonical tensors: every checkpoint layout is read into these names and shapes (torch order, row-major).
-# h = n_embd, V = n_vocab, H = n_head, E = n_expert, d = expert_dim. Absent where the model has no such tensor.
-#   embed [V, h]   output_norm [h]   lm_head [V, h] (absent when tied)
-#   layers.{i}.attn_norm [h]   layers.{i}.ffn_norm [h]
-#   MLA: layers.{i}.q_a [q_lora, h]  q_a_norm [q_lora]  q_b [H*(nope+rope), q_lora]
-#        kv_a [kv_lora+rope, h]  kv_a_norm [kv_lora]  kv_b [H*(nope+v), kv_lora]  o [h, H*v]
-#   GQA: layers.{i}.q [H*head_dim, h]  k, v [n_head_kv*head_dim, h]  o [h, H*head_dim]
-#   experts: layers.{i}.router [E, h]  router_norm [E] or [1]  expert_bias [E]
-#            up_exps, gate_exps [E, d, h]  down_exps [E, h, d]  act_norm [d]
-#            shared_up, shared_gate [shared_dim, h]  shared_down [h, shared_dim]
-#   dense:   layers.{i}.up, gate [dense_dim, h]  down [h, dense_dim]
+def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape (torch order, row-major) of all tensors that a model of this configuration has.
+
+    Every checkpoint layout is read into these names; the layers' have the prefix ``layers.{i}.``.
+    """
+    h, vocab = config.n_embd, config.n_vocab
+    shapes: dict[str, tuple[int, ...]] = {"embed": (vocab, h)}
+    for i in range(config.n_layer):
+        shapes |= {f"layers.{i}.{part}": shape for part, shape in _layer_shapes(config, i).items()}
+    shapes["output_norm"] = (h,)
+    if not config.tied:
+        shapes["lm_head"] = (vocab, h)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    h, heads = config.n_embd, config.n_head
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (h,)}
+    if mla := config.mla:
+        q_dim, kv_dim = mla.nope_head_dim + mla.rope_head_dim, mla.nope_head_dim + mla.v_head_dim
+        shapes |= {"q_a": (mla.q_lora_rank, h), "q_a_norm": (mla.q_lora_rank,), "q_b": (heads * q_dim, mla.q_lora_rank)}
+        shapes |= {"kv_a": (mla.kv_lora_rank + mla.rope_head_dim, h), "kv_a_norm": (mla.kv_lora_rank,)}
+        shapes |= {"kv_b": (heads * kv_dim, mla.kv_lora_rank), "o": (h, heads * mla.v_head_dim)}
+    else:
+        q, kv = heads * config.head_dim, config.n_head_kv * config.head_dim
+        shapes |= {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
+    shapes["ffn_norm"] = (h,)
+    if (width := config.dense_dim[layer]) > 0:
+        return shapes | {"gate": (width, h), "up": (width, h), "down": (h, width)}
+    return shapes | _moe_shapes(config)
+
+
+def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    moe, h = config.moe, config.n_embd
+    assert moe is not None
+    n, d = moe.n_expert, moe.expert_dim
+    shapes: dict[str, tuple[int, ...]] = {"router": (n, h)}
+    if moe.router_weight:
+        shapes["router_norm"] = (moe.router_weight,)  # [E] or [1]
+    if moe.bias_method != "none":
+        shapes["expert_bias"] = (n,)
+    if moe.gated:
+        shapes["gate_exps"] = (n, d, h)
+    shapes |= {"up_exps": (n, d, h), "down_exps": (n, h, d)}
+    if moe.activation in ("norm_silu", "norm_silu_nomean"):
+        shapes["act_norm"] = (d,)
+    if moe.shared_dim:
+        if moe.shared_gated:
+            shapes["shared_gate"] = (moe.shared_dim, h)
+        shapes |= {"shared_up": (moe.shared_dim, h), "shared_down": (h, moe.shared_dim)}
+    return shapes

@@ -17,7 +17,8 @@ from typing import Any
 
 from gguf import Keys
 
-from blockffn.convert.checkpoint import Checkpoint, read_json, read_text
+from blockffn.convert.chat_templates import read_chat_templates
+from blockffn.convert.checkpoint import Checkpoint, optional_json
 from blockffn.convert.fields import Fields, shown
 from blockffn.convert.hugging_face import token_ids
 from blockffn.convert.model import ModelConfig
@@ -25,7 +26,6 @@ from blockffn.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, 
 from blockffn.convert.tokenizer_json import read_tokenizer_json
 from blockffn.errors import BlockffnError
 
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<pad>|<mask>|<unused\d*>|<2mass>|\[@BOS@\]", re.DOTALL)
 UNLIKELY = -1000.0  # score of tokens that the merging algorithm never makes
 TOKENIZER_FILES = (
@@ -64,7 +64,7 @@ def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
             f"{folder}: no tokenizer found: expected tokenizer.model or tokenizer.json; copy it from the published "
             "model"
         )
-    settings = _optional_json(folder / "tokenizer_config.json")
+    settings = optional_json(folder / "tokenizer_config.json")
     added = _added_tokens(folder, settings)
     _place_added(checkpoint, vocab, added)
     _pad(vocab, config.n_vocab, folder)
@@ -77,17 +77,8 @@ def read_vocab(checkpoint: Checkpoint, config: ModelConfig) -> Vocab:
     if vocab.kind != "gpt2":
         prefix = bool(vocab.values.get(Keys.Tokenizer.ADD_PREFIX, True))
         vocab.values[Keys.Tokenizer.ADD_PREFIX] = _flag(settings, "add_prefix_space", prefix)
-    vocab.values |= _chat_templates(folder, settings)
+    vocab.values |= read_chat_templates(folder, settings)
     return vocab
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    values = read_json(path, "")
-    if not isinstance(values, dict):
-        raise BlockffnError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def _flag(settings: dict[str, Any], key: str, default: bool) -> bool:
@@ -152,9 +143,9 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, tuple[str
             )
         found[index] = (text, special)
 
-    for text, index in _optional_json(folder / "added_tokens.json").items():
+    for text, index in optional_json(folder / "added_tokens.json").items():
         add("added_tokens.json", text, index, _looks_special(text))
-    for entry in _entries(_optional_json(folder / "tokenizer.json"), "tokenizer.json", "added_tokens", list):
+    for entry in _entries(optional_json(folder / "tokenizer.json"), "tokenizer.json", "added_tokens", list):
         add("tokenizer.json", entry.get("content"), entry.get("id"), bool(entry.get("special")))
     decoder = _entries(settings, "tokenizer_config.json", "added_tokens_decoder", dict)
     for index, entry in zip(settings.get("added_tokens_decoder") or (), decoder, strict=True):
@@ -236,7 +227,7 @@ def _special_ids(checkpoint: Checkpoint, config: ModelConfig, vocab: Vocab, sett
     by_text = {text: index for index, text in enumerate(vocab.tokens)}
     named = {key: _named(settings, key, by_text) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     generation = Fields(
-        _optional_json(checkpoint.folder / "generation_config.json"), "generation_config.json", checkpoint.note
+        optional_json(checkpoint.folder / "generation_config.json"), "generation_config.json", checkpoint.note
     )
     first = () if named["eos_token"] is None else (named["eos_token"],)
     eos = list(dict.fromkeys((*first, *config.eos_ids, *token_ids(generation, "eos_token_id"))))
@@ -284,43 +275,3 @@ def _named(settings: dict[str, Any], key: str, by_text: dict[str, int]) -> int |
             f"tokenizer_config.json: {key}: expected a token of the vocabulary, found {shown(text)}; correct the file"
         )
     return by_text[text]
-
-
-def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the chat template keys: chat_template.jinja wins over chat_template.json and tokenizer_config.json; named
-    ones come from these two and from the files of additional_chat_templates."""
-    template, file = settings.get("chat_template"), "tokenizer_config.json"
-    if (folder / "chat_template.json").is_file():
-        template, file = (
-            _optional_json(folder / "chat_template.json").get("chat_template", template),
-            "chat_template.json",
-        )
-    named = _named_templates(template, file)
-    if (folder / "chat_template.jinja").is_file():
-        named["default"] = read_text(folder / "chat_template.jinja")
-    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
-        named[path.stem] = read_text(path)
-    safe = {"".join(c if c.isascii() and c.isalnum() else "_" for c in name): text for name, text in named.items()}
-    values: dict[str, Any] = {
-        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in safe.items() if name != "default"
-    }
-    if values:
-        values[Keys.Tokenizer.CHAT_TEMPLATES] = sorted(set(safe) - {"default"})
-    if "default" in safe:
-        values[Keys.Tokenizer.CHAT_TEMPLATE] = safe["default"]
-    return values
-
-
-def _named_templates(template: Any, file: str) -> dict[str, str]:
-    """Read a chat_template: one text, or a list of objects with name and template."""
-    if template is None:
-        return {}
-    items = template if isinstance(template, list) else [{"name": "default", "template": template}]
-    for item in items:
-        good = isinstance(item, dict) and isinstance(item.get("template"), str) and isinstance(item.get("name"), str)
-        if not good or not 0 < len(item["name"]) <= 100:
-            raise BlockffnError(
-                f"{file}: chat_template: expected a string or a list of named templates, found {shown(template)}; "
-                "correct the file"
-            )
-    return {item["name"]: item["template"] for item in items}

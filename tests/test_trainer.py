@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockffn.convert.save import export_checkpoint
+from blockffn.convert.save import save_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
 from blockffn.training import cli, corpus, objectives
@@ -189,7 +189,7 @@ def test_what_can_be_trained_is_read_back(tmp_path, text, family):
         with torch.no_grad():
             for number, (_, value) in enumerate(decoder.canonical()):
                 value.normal_(generator=torch.Generator().manual_seed(number))
-        export_checkpoint(tmp_path / "m", decoder, text.tokenizer)
+        save_checkpoint(tmp_path / "m", config, decoder.canonical(), text.tokenizer)
         found, tensors = load_canonical(tmp_path / "m")
         assert same_config(found, config), (activation, norm, shape)
         written = dict(decoder.canonical())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from blockffn.convert.save import export_checkpoint
+from blockffn.convert.save import save_checkpoint
 from blockffn.training import objectives
 from blockffn.training.config import TrainConfig
 from blockffn.training.corpus import Corpus, document_ids, prepare
@@ -119,7 +119,7 @@ class Trainer(TrainingLoop):
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder in the layout of the published checkpoints."""
-        export_checkpoint(folder, self.decoder, self.corpus.tokenizer)
+        save_checkpoint(folder, self.decoder.config, self.decoder.canonical(), self.corpus.tokenizer)
 
     def shaping(self) -> list[object]:
         """The model; objectives may be changed on resume."""
