@@ -22,7 +22,7 @@ from blockffn.convert import writer
 from blockffn.convert.chat_templates import MORE_TEMPLATES
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.families import read_config
-from blockffn.convert.fields import suggest
+from blockffn.convert.fields import check_option
 from blockffn.convert.metadata import SOURCE_SHA256, check_values, model_card, model_metadata, read_overrides
 from blockffn.convert.model import ModelConfig
 from blockffn.convert.plan import OUTTYPES, PlannedTensor, choose_outtype, plan_tensors
@@ -133,12 +133,8 @@ def convert_checkpoint(
 
 
 def _check_choices(outtype: str, layout: str, split_max_size: int) -> None:
-    for option, value, known in (("outtype", outtype, OUTTYPES), ("layout", layout, EXPERT_LAYOUTS)):
-        if value not in known:
-            raise BlockffnError(
-                f"--{option}: expected one of {', '.join(known)}, found {value!r}{suggest(value, known)}; choose one "
-                "of them"
-            )
+    check_option("outtype", outtype, OUTTYPES)
+    check_option("layout", layout, EXPERT_LAYOUTS)
     if split_max_size < 0:
         raise BlockffnError(f"--split-max-size: expected a positive size, found {split_max_size}; for example 2G")
 

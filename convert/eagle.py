@@ -26,9 +26,9 @@ from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.convert import ConvertReport
 from blockffn.convert.draft_tokens import read_draft_tokens
 from blockffn.convert.families import read_config
-from blockffn.convert.fields import LARGEST_INTEGER, shown
+from blockffn.convert.fields import Fields, check_option, shown
 from blockffn.convert.metadata import FILE_TYPES, check_values, model_metadata
-from blockffn.convert.plan import OUTTYPES, TYPES, PlannedTensor, choose_outtype, plan_tensors
+from blockffn.convert.plan import OUTTYPES, PlannedTensor, choose_outtype, matrix_type, plan_tensors
 from blockffn.convert.tensor_map import Array, map_tensors
 from blockffn.convert.vocab import read_vocab
 from blockffn.errors import BlockffnError
@@ -83,8 +83,7 @@ def convert_head(
     Raises BlockffnError, and leaves no file, when a tensor is missing, has another shape or is unknown.
     """
     started = time.monotonic()
-    if outtype not in OUTTYPES:
-        raise BlockffnError(f"--outtype: expected one of {', '.join(OUTTYPES)}, found {outtype!r}")
+    check_option("outtype", outtype, OUTTYPES)
     head = open_checkpoint(str(src))
     shared = read_target(str(target), head.note)
     shape = _read_shape(head, shared.keys[names.EMBEDDING_LENGTH])
@@ -190,15 +189,7 @@ def _target_file(target: Path, note: Callable[[str], None]) -> Shared:
 
 
 def _read_shape(head: Checkpoint, n_embd: int) -> HeadShape:
-    def number(key: str) -> int:
-        value = head.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_INTEGER:
-            raise BlockffnError(
-                f"{head.folder}/config.json: {key}: expected a positive number, found {shown(value)}; it says the "
-                "shape of the head"
-            )
-        return value
-
+    fields = Fields(head.config, f"{head.folder}/config.json", head.note)
     fc = head.tensors.get("fc.weight")
     if fc is None or fc.shape != (n_embd, 2 * n_embd):
         found = "none" if fc is None else " x ".join(map(str, fc.shape))
@@ -206,10 +197,13 @@ def _read_shape(head: Checkpoint, n_embd: int) -> HeadShape:
             f"{head.folder}: fc.weight: expected {n_embd} x {2 * n_embd} for a target of hidden size {n_embd}, found "
             f"{found}: not a head of this target"
         )
-    heads = number("num_attention_heads")
-    head_dim = number("head_dim") if head.config.get("head_dim") is not None else n_embd // heads
+    heads = fields.integer("num_attention_heads")
     return HeadShape(
-        number("num_hidden_layers"), heads, number("num_key_value_heads"), head_dim, number("intermediate_size")
+        n_layer=fields.integer("num_hidden_layers"),
+        n_head=heads,
+        n_head_kv=fields.integer("num_key_value_heads"),
+        head_dim=fields.integer("head_dim") if fields.has("head_dim") else n_embd // heads,
+        n_ff=fields.integer("intermediate_size"),
     )
 
 
@@ -242,7 +236,7 @@ def _head_tensors(head: Checkpoint, shape: HeadShape, n_embd: int, kind: str) ->
                 f"{head.folder}: tensor {source}: expected {' x '.join(map(str, size))}, found {have}; the checkpoint "
                 "is incomplete or of another shape than its config.json says"
             )
-        plan.append(PlannedTensor(name, size, _type(size, kind), source, _loader(head, source)))
+        plan.append(PlannedTensor(name, size, matrix_type(size, kind), source, _loader(head, source)))
     known = {tensor.source for tensor in plan}
     for name in sorted(set(head.tensors) - known):
         if not IGNORED.fullmatch(name):
@@ -259,21 +253,19 @@ def _shared_tensors(shared: Shared, ids: list[int] | None, kind: str) -> list[Pl
     """The target's embedding, and its output matrix where it has one or where the draft vocabulary is cut."""
     n_vocab, n_embd = shared.keys[names.VOCAB_SIZE], shared.keys[names.EMBEDDING_LENGTH]
     size = (n_vocab, n_embd)
-    plan = [PlannedTensor(names.TOKEN_EMBD, size, _type(size, kind), "target", lambda: shared.load(names.TOKEN_EMBD))]
+    plan = [
+        PlannedTensor(names.TOKEN_EMBD, size, matrix_type(size, kind), "target", lambda: shared.load(names.TOKEN_EMBD))
+    ]
     output = names.TOKEN_EMBD if shared.tied else names.OUTPUT
     if ids is not None:
         cut = (len(ids), n_embd)
         rows = np.array(ids)
-        plan.append(PlannedTensor(names.OUTPUT, cut, _type(cut, kind), "target", lambda: shared.load(output)[rows]))
+        plan.append(
+            PlannedTensor(names.OUTPUT, cut, matrix_type(cut, kind), "target", lambda: shared.load(output)[rows])
+        )
     elif not shared.tied:
-        plan.append(PlannedTensor(names.OUTPUT, size, _type(size, kind), "target", lambda: shared.load(output)))
+        plan.append(PlannedTensor(names.OUTPUT, size, matrix_type(size, kind), "target", lambda: shared.load(output)))
     return plan
-
-
-def _type(size: tuple[int, ...], kind: str) -> Any:
-    if len(size) == 1:
-        return TYPES["f32"]
-    return TYPES["f16"] if kind == "q8_0" and size[-1] % 32 else TYPES[kind]
 
 
 def _metadata(shape: HeadShape, shared: Shared, ids: list[int] | None, kind: str) -> dict[str, Any]:

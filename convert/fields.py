@@ -125,3 +125,12 @@ def suggest(value: Any, known: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(value, list(known), 1, 0.75)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_option(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise unless an option of the command has one of the known values."""
+    if value not in known:
+        raise BlockffnError(
+            f"--{option}: expected one of {', '.join(known)}, found {shown(value)}{suggest(value, known)}; choose one "
+            "of them"
+        )

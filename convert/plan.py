@@ -23,7 +23,6 @@ from blockffn import gguf_contract as names
 from blockffn.convert.checkpoint import Checkpoint, to_float32
 from blockffn.convert.model import ModelConfig
 from blockffn.convert.tensor_map import Array, Source, load_array
-from blockffn.errors import BlockffnError
 
 TYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -162,13 +161,16 @@ def _mean_row(values: Array) -> Array:
 
 
 def _type_of(name: str, part: str, shape: tuple[int, ...], outtype: str) -> GGMLQuantizationType:
-    if len(shape) == 1 or part == "router" or name.endswith(".ffn_act_mean.weight"):
+    if part == "router" or name.endswith(".ffn_act_mean.weight"):
         return TYPES["f32"]
-    if outtype not in TYPES:
-        raise BlockffnError(f"--outtype: expected one of {', '.join(OUTTYPES)}, found {outtype!r}")
-    if outtype == "q8_0" and shape[-1] % 32:
-        return TYPES["f16"]
-    return TYPES[outtype]
+    return matrix_type(shape, outtype)
+
+
+def matrix_type(shape: tuple[int, ...], outtype: str) -> GGMLQuantizationType:
+    """The type of a tensor of this shape: vectors are F32, rows that 32 does not divide F16 instead of Q8_0."""
+    if len(shape) == 1:
+        return TYPES["f32"]
+    return TYPES["f16"] if outtype == "q8_0" and shape[-1] % 32 else TYPES[outtype]
 
 
 def _shorten(items: list[str]) -> str:

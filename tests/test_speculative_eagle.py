@@ -268,7 +268,7 @@ def test_dry_run_writes_nothing(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": None}, "num_attention_heads: expected a positive number"),
+        ({"num_attention_heads": None}, "num_attention_heads: expected an integer >= 1"),
         ({"intermediate_size": 50}, "mlp.gate_proj.weight: expected 50 x 64, found 48 x 64"),
         ({"num_hidden_layers": 3}, r"layers.2.self_attn.q_proj.weight: expected 64 x 64, found none"),
         ({"num_hidden_layers": 1}, r"unknown tensor layers.1"),
