@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,20 +101,31 @@ def _sparsity(args: argparse.Namespace) -> int:
 
 
 def describe_sparsity(result: Sparsity, layers: bool = False) -> str:
-    """Return a table of TLS and CLS_c in percent, the mean and on request every MoE layer."""
-    head = ["layer ", "   TLS", *(f"CLS_{size}".rjust(7) for size in result.layer_cls)]
-    rows = [("mean  ", result.tls, list(result.cls.values()))]
-    if layers:
-        rows += [
-            (f"{i:<6}", float(result.layer_tls[i]), [float(values[i]) for values in result.layer_cls.values()])
-            for i in range(len(result.layer_tls))
-        ]
-    lines = [f"{result.n_tokens} tokens, {len(result.layer_tls)} layers of {result.n_experts} experts, in percent"]
-    lines.append(" ".join(head))
-    lines += [
-        f"{name} {100 * tls:6.2f} " + " ".join(f"{100 * value:7.2f}" for value in rest) for name, tls, rest in rows
+    """Return a table of TLS and CLS_c in percent over all and over live experts, and on request every MoE layer."""
+    n_layers, n_experts = len(result.layer_tls), result.n_experts
+    dead, always_on = int(result.layer_dead.sum()), int(result.layer_always_on.sum())
+    total = n_layers * n_experts
+    head = ["layer ", "   TLS", *(f"CLS_{size}".rjust(7) for size in result.layer_cls), "  dead always   sets"]
+    rows: list[tuple[str, float | None, Sequence[float | None], str]] = [
+        ("mean  ", result.tls, list(result.cls.values()), ""),
+        ("live  ", result.live_tls, list(result.live_cls.values()), ""),
     ]
+    for i in range(n_layers if layers else 0):
+        counts = f"{result.layer_dead[i]:6} {result.layer_always_on[i]:6} {result.layer_sets[i]:6}"
+        rows.append((f"{i:<6}", result.layer_tls[i], [values[i] for values in result.layer_cls.values()], counts))
+    lines = [
+        f"{result.n_tokens} tokens, {n_layers} layers of {n_experts} experts, in percent",
+        f"{dead} of {total} experts are dead (no token activates them), {always_on} are always on (over 99 % of the "
+        "tokens); live: without the dead ones",
+        " ".join(head if layers else head[:-1]),
+    ]
+    for name, tls, rest, counts in rows:
+        lines.append(" ".join([name, _percent(tls, 6), *(_percent(value, 7) for value in rest), counts]).rstrip())
     return "\n".join(lines)
+
+
+def _percent(share: float | None, width: int) -> str:
+    return "-".rjust(width) if share is None else f"{100 * share:{width}.2f}"
 
 
 def _parity(args: argparse.Namespace) -> int:

@@ -162,14 +162,24 @@ def _router(file: GgufFile) -> dict[str, Any] | None:
 def _measure(path: str | Path, text: str, parameters: dict[str, Any], is_dense: bool) -> dict[str, Any]:
     """Evaluate a text and return the sparsity of the router's choices on it; is_dense: idle experts work as well."""
     import blockffn
+    from blockffn.sparsity import of_activity
 
     llm = blockffn.Llama(path)
     try:
         tokens = llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx()]
         if not tokens:
             raise BlockffnError("the text to measure on is empty")
-        share = float(llm.active_experts(tokens).mean())  # [moe layers, tokens, experts]
+        found = of_activity(llm.active_experts(tokens)).to_dict()
     finally:
         llm.close()
-    active = parameters["always_active"] + round((1.0 if is_dense else share) * parameters["routed"])
-    return {"tokens": len(tokens), "token_sparsity": 1.0 - share, "active_parameters": active}
+    active = parameters["always_active"] + round((1.0 if is_dense else 1.0 - found["tls"]) * parameters["routed"])
+    figures = {name: value for name, value in found.items() if not name.startswith(("n_", "layer_"))}
+    counts = {name: sum(found[f"layer_{name}"]) for name in ("dead", "always_on")}
+    return {
+        "tokens": len(tokens),
+        "token_sparsity": found["tls"],
+        "active_parameters": active,
+        "routed_experts": found["n_experts"] * len(found["layer_tls"]),
+        **counts,
+        **figures,
+    }

@@ -95,7 +95,9 @@ def test_numbers_of_a_sparse_model(blockffn_model: Path) -> None:
 def test_measured_sparsity(blockffn_model: Path) -> None:
     report = describe(blockffn_model, measure="def add(a, b):")
     measured = report["measured"]
-    assert 0 < measured["token_sparsity"] < 1
+    assert 0 < measured["token_sparsity"] == measured["tls"] <= measured["live_tls"] + measured["dead_share"]
+    assert (measured["dead"], measured["routed_experts"]) == (round(14 * measured["dead_share"]), 14)
+    assert set(measured["live_cls"]) == set(measured["cls"])
     assert report["parameters"]["always_active"] < measured["active_parameters"] < report["parameters"]["total"]
 
 
@@ -155,3 +157,6 @@ def test_command(blockffn_model: Path, blockffn_cli: Runner) -> None:
     assert "1e-05" in text and "9.99999" not in text
     report = json.loads(blockffn_cli("inspect", blockffn_model, "--json", "--measure").stdout)
     assert report["architecture"] == "blockffn" and report["measured"]["tokens"] > 100
+    text = blockffn_cli("inspect", blockffn_model, "--measure").stdout
+    dead = report["measured"]["dead"]
+    assert f"{100 * report['measured']['live_tls']:.1f} % of the live experts" in text and f"{dead} of 14" in text

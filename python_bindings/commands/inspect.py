@@ -49,10 +49,27 @@ def _print(report: dict[str, Any]) -> None:
         print(f"  {kind:<8} {row['tensors']:>5} tensors {row['elements']:>15,} weights {_bytes(row['bytes']):>12}")
     _section("parameters", {name: f"{value:,}" for name, value in report["parameters"].items()})
     if "measured" in report:
-        measured = report["measured"]
-        print(f"\nmeasured on {measured['tokens']} tokens")
-        print(f"  sparsity (TLS)                 {100 * measured['token_sparsity']:.1f} %")
-        print(f"  active parameters per token    {measured['active_parameters']:,}")
+        _print_measured(report["measured"])
+
+
+def _print_measured(measured: dict[str, Any]) -> None:
+    def row(name: str, text: str) -> None:
+        print(f"  {name:<30} {text}")
+
+    def both(kind: str, size: str = "") -> str:
+        all_experts, live = measured[kind], measured[f"live_{kind}"]
+        shares = (all_experts, live) if not size else (all_experts[size], live[size])
+        return f"{100 * shares[0]:.1f} %" + (
+            "" if shares[1] is None else f", {100 * shares[1]:.1f} % of the live experts"
+        )
+
+    print(f"\nmeasured on {measured['tokens']} tokens")
+    row("sparsity (TLS)", both("tls"))
+    if "8" in measured["cls"]:
+        row("sparsity of 8 tokens (CLS_8)", both("cls", "8"))
+    row("dead experts", f"{measured['dead']} of {measured['routed_experts']}: no token activates them")
+    row("always-on experts", f"{measured['always_on']}: more than 99 % of the tokens activate them")
+    row("active parameters per token", f"{measured['active_parameters']:,}")
 
 
 def _section(title: str, values: dict[str, Any]) -> None:
