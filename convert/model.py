@@ -1,7 +1,7 @@
 """What a BlockFFN or DECO checkpoint is, in one form: `ModelConfig`, and the names and shapes of its tensors.
 
 Nothing here has a default: a reader either finds a value, applies the default that the authors' code applies (and says
-so), or raises. The torch reference (blockffn.training.reference), the tensor plan and the GGUF writer all read this.
+so), or raises. The torch reference (blockffn.training.model), the tensor plan and the GGUF writer all read this.
 Formulas: BlockFFN arXiv 2507.08771, DECO arXiv 2605.10933.
 """
 

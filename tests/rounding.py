@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 
 
 class RoundedInputs(TorchFunctionMode):

@@ -7,14 +7,14 @@ import pytest
 import sentencepiece
 
 from blockffn.errors import BlockffnError
-from blockffn.training import corpus
+from blockffn.training import corpora, data
 
 TEXTS = [f'def function_{i}(a, b):\n    """Return a + b."""\n\treturn a + {i} * b\n\n\n' * 8 for i in range(60)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return corpus.train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer", 320)
+    return data.train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer", 320)
 
 
 @pytest.mark.parametrize(
@@ -33,44 +33,44 @@ def test_special_ids_and_size(tokenizer):
 
 
 def test_documents_are_framed(tokenizer):
-    stream = corpus.encode_documents(tokenizer, ["a b", "", "return"])
+    stream = data.encode_documents(tokenizer, ["a b", "", "return"])
     assert stream.dtype == np.uint16
-    assert (stream == corpus.BOS_ID).sum() == (stream == corpus.EOS_ID).sum() == 3
-    assert stream[0] == corpus.BOS_ID and stream[-1] == corpus.EOS_ID
-    assert corpus.document_ids(stream)[[0, -1]].tolist() == [1, 3]
+    assert (stream == data.BOS_ID).sum() == (stream == data.EOS_ID).sum() == 3
+    assert stream[0] == data.BOS_ID and stream[-1] == data.EOS_ID
+    assert data.document_ids(stream)[[0, -1]].tolist() == [1, 3]
 
 
 def test_document_ids_of_windows():
     windows = np.array([[5, 2, 1, 6], [1, 6, 7, 8]])
-    assert corpus.document_ids(windows).tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert data.document_ids(windows).tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
 def test_split_is_by_content():
-    share = np.mean([corpus.is_validation(f"text {i}", 0.25) for i in range(2000)])
+    share = np.mean([corpora.is_validation(f"text {i}", 0.25) for i in range(2000)])
     assert 0.2 < share < 0.3
-    assert [corpus.is_validation(t) for t in TEXTS] == [corpus.is_validation(t) for t in TEXTS]
+    assert [corpora.is_validation(t) for t in TEXTS] == [corpora.is_validation(t) for t in TEXTS]
 
 
 def test_stdlib_documents_are_clean():
-    names = [name for name, _ in corpus.stdlib_documents()]
+    names = [name for name, _ in corpora.stdlib_documents()]
     assert len(names) == len(set(names)) and len(names) > 300
     assert "json/decoder.py" in names and any(name.startswith("pydoc_data/topics/") for name in names)
-    assert not any("/test" in f"/{name}" and name.split("/")[0] in corpus.SKIPPED_FOLDERS for name in names)
+    assert not any("/test" in f"/{name}" and name.split("/")[0] in corpora.SKIPPED_FOLDERS for name in names)
 
 
 def test_cache_is_used_and_depends_on_the_vocabulary(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus, "stdlib_documents", lambda: iter((str(i), text) for i, text in enumerate(TEXTS)))
-    monkeypatch.setattr(corpus, "is_validation", lambda text, share=0.0: "function_7(" in text)
-    first = corpus.prepare(tmp_path, 320, tokenizer)
+    monkeypatch.setattr(data, "stdlib_documents", lambda: iter((str(i), text) for i, text in enumerate(TEXTS)))
+    monkeypatch.setattr(data, "is_validation", lambda text, share=0.0: "function_7(" in text)
+    first = data.prepare(tmp_path, 320, tokenizer)
     assert len(first.train) > len(first.validation) > 100
-    monkeypatch.setattr(corpus, "stdlib_documents", lambda: pytest.fail("the cache was not used"))
-    again = corpus.prepare(tmp_path, 320, tokenizer)
+    monkeypatch.setattr(data, "stdlib_documents", lambda: pytest.fail("the cache was not used"))
+    again = data.prepare(tmp_path, 320, tokenizer)
     assert again.fingerprint == first.fingerprint
     with pytest.raises(BlockffnError, match="no such vocabulary"):
-        corpus.prepare(tmp_path, 320, tmp_path / "absent.model")
+        data.prepare(tmp_path, 320, tmp_path / "absent.model")
 
 
 def test_vocabulary_too_large_for_the_text(tmp_path):
     with pytest.raises(BlockffnError, match="cannot make 4096 pieces"):
-        corpus.train_tokenizer(["only a line"], tmp_path / "t", 4096)
+        data.train_tokenizer(["only a line"], tmp_path / "t", 4096)
     assert not (tmp_path / "t.model").exists()

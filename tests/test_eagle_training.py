@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from blockffn.errors import BlockffnError
-from blockffn.training import corpus
+from blockffn.training import data
 from blockffn.training.config import read_config
 from blockffn.training.eagle import EagleReference, EagleTrainer, HeadConfig, read_eagle_config
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 from blockffn.training.trainer import Trainer
 
 TARGET = """
@@ -78,9 +78,9 @@ def place(tmp_path_factory):
     """A folder with a trained target and the text it was trained on."""
     folder = tmp_path_factory.mktemp("eagle")
     texts = [f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20 for i in range(40)]
-    model = corpus.train_tokenizer(texts, folder / "tokenizer", 320)
-    streams = corpus.encode_documents(model, texts[3:]), corpus.encode_documents(model, texts[:3])
-    text = corpus.Corpus(*streams, model, 1, 2, "test")
+    model = data.train_tokenizer(texts, folder / "tokenizer", 320)
+    streams = data.encode_documents(model, texts[3:]), data.encode_documents(model, texts[:3])
+    text = data.Corpus(*streams, model, 1, 2, "test")
     (folder / "target.toml").write_text(TARGET.replace("OUT", str(folder)))
     target = Trainer(read_config(folder / "target.toml"), text)
     target.train()

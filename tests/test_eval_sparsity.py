@@ -63,7 +63,7 @@ def test_torch_and_llama_agree(tmp_path: Path) -> None:
     from checkpoints import write_checkpoint
     from safetensors.numpy import load_file, save_file
 
-    from blockffn.training.reference import ReferenceModel
+    from blockffn.training.model import ReferenceModel
 
     source = write_checkpoint(tmp_path / "m", n_layer=2)
     file = next(source.glob("*.safetensors"))

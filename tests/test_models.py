@@ -21,7 +21,7 @@ from blockffn.convert.convert import convert_checkpoint
 from blockffn.convert.eagle import convert_head
 from blockffn.eval.quality import metrics, parity
 from blockffn.training.eagle import EagleReference
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 TEXT = "import os\n\ndef main():\n    return 1902 # caf\u00e9"

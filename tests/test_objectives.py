@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blockffn.training import objectives
+from blockffn.training import controllers, objectives
 
 
 def case(b=2, t=13, e=7, seed=0):
@@ -147,7 +147,7 @@ def test_gradients_are_finite_without_active_experts():
 
 
 def test_adaptive_factor_follows_the_loss():
-    factor = objectives.AdaptiveFactor(0.1, warmup=4, stable=20, window=10, min_ratio=1.025, max_factor=4.0)
+    factor = controllers.AdaptiveFactor(0.1, warmup=4, stable=20, window=10, min_ratio=1.025, max_factor=4.0)
     values = []
     for step in range(70):
         values.append(factor.value())
@@ -167,7 +167,7 @@ def test_adaptive_factor_equals_the_authors_schedule():
     Window means: iterations 1-3: 2.0, 4-6: 3.0, 7-9: 1.5, 10-12: 1.5, 13-15: 3.0. Iteration 6 is before `stable`, 9 is
     the first multiple of 3 from there on: ratio 1.5 / 3 = 0.5; iteration 12: 1.5 / 1.5 = 1; iteration 15: 3 / 1.5 = 2.
     """
-    factor = objectives.AdaptiveFactor(0.6, warmup=2, stable=7, window=3, min_ratio=1.1, max_factor=4.0)
+    factor = controllers.AdaptiveFactor(0.6, warmup=2, stable=7, window=3, min_ratio=1.1, max_factor=4.0)
     losses = [1, 2, 3, 3, 3, 3, 1, 2, 1.5, 1.5, 1.5, 1.5, 2, 3, 4, 9, 9, 9]
     values = []
     for loss in losses:
@@ -178,11 +178,11 @@ def test_adaptive_factor_equals_the_authors_schedule():
 
 
 def test_adaptive_factor_goes_on_from_its_state():
-    one = objectives.AdaptiveFactor(0.1, 2, 5, 4)
+    one = controllers.AdaptiveFactor(0.1, 2, 5, 4)
     losses = [1 / (i + 1) for i in range(40)]
     for loss in losses[:17]:
         one.update(loss)
-    two = objectives.AdaptiveFactor(**one.state())
+    two = controllers.AdaptiveFactor(**one.state())
     for loss in losses[17:]:
         one.update(loss)
         two.update(loss)
@@ -190,7 +190,7 @@ def test_adaptive_factor_goes_on_from_its_state():
 
 
 def test_entropy_controller():
-    controller = objectives.EntropyController(1e-8, 2.0, 0.2)
+    controller = controllers.EntropyController(1e-8, 2.0, 0.2)
     for ratio, expected in ((0.5, 2e-8), (0.21, 4e-8), (0.2, 2e-8), (0.1, 1e-8), (0.1, 1e-8), (0.9, 2e-8)):
         controller.update(ratio)
         assert controller.value() == pytest.approx(expected)
@@ -200,7 +200,7 @@ def test_expert_bias_moves_against_the_load():
     routed = torch.tensor([[[True, False, True], [True, False, False], [True, True, True]]])
     documents = torch.tensor([[0, 0, -1]])
     bias = torch.zeros(3)
-    objectives.update_expert_bias(bias, routed, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
+    controllers.update_expert_bias(bias, routed, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
     assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.0])
 
 

@@ -20,7 +20,7 @@ import blockffn
 from blockffn.convert.convert import convert_checkpoint
 from blockffn.errors import BlockffnError
 from blockffn.eval.quality import metrics, parity
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 
 TEXT = "import os\n\ndef main():\n    return 1902 # caf\u00e9"
 N_GREEDY = 64

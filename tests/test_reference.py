@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 
 from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
-from blockffn.training.reference import Decoder, ReferenceModel
+from blockffn.training.model import Decoder, ReferenceModel
 
 MOE = MoeConfig(
     n_expert=7, expert_dim=4, gated=False, activation="silu", activation_eps=0.0, router_norm="rms",

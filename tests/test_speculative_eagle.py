@@ -22,7 +22,7 @@ from blockffn.speculative import Context, TreeShape
 from blockffn.speculative.policy import Plan
 from blockffn.speculative.tree import TreeGrower
 from blockffn.training.eagle import EagleReference
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 
 N_VOCAB = 512
 

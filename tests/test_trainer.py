@@ -16,11 +16,11 @@ import torch
 from blockffn.convert.save import save_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
-from blockffn.training import cli, corpus, objectives
+from blockffn.training import cli, data, objectives
 from blockffn.training.config import OptimizerConfig, read_config
-from blockffn.training.loop import Windows
+from blockffn.training.data import Windows
+from blockffn.training.model import Decoder, ReferenceModel
 from blockffn.training.optim import clip_gradients, orthogonalise, wsd
-from blockffn.training.reference import Decoder, ReferenceModel
 from blockffn.training.trainer import Trainer
 
 BLOCKFFN = """
@@ -93,9 +93,9 @@ MODELS = {"blockffn": BLOCKFFN, "deco": DECO, "vanilla": DENSE}
 def text(tmp_path_factory):
     texts = [f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20 for i in range(40)]
     folder = tmp_path_factory.mktemp("corpus")
-    model = corpus.train_tokenizer(texts, folder / "tokenizer", 320)
-    train, validation = corpus.encode_documents(model, texts[3:]), corpus.encode_documents(model, texts[:3])
-    return corpus.Corpus(train, validation, model, 1, 2, "test")
+    model = data.train_tokenizer(texts, folder / "tokenizer", 320)
+    train, validation = data.encode_documents(model, texts[3:]), data.encode_documents(model, texts[:3])
+    return data.Corpus(train, validation, model, 1, 2, "test")
 
 
 def config_of(folder: Path, body: str = BLOCKFFN, **overrides):
@@ -254,9 +254,7 @@ def test_router_terms_are_averaged_over_all_layers(tmp_path, text):
     total, figures = trainer.loss(tokens)
     with torch.no_grad():
         _, routers = trainer.decoder(tokens[:, :-1])
-        own = objectives.router_entropy(
-            routers[0].relu(), torch.from_numpy(corpus.document_ids(tokens[:, :-1].numpy()))
-        )
+        own = objectives.router_entropy(routers[0].relu(), torch.from_numpy(data.document_ids(tokens[:, :-1].numpy())))
     assert figures["entropy"] == pytest.approx(float(own) / 2, rel=1e-5)
     assert total.item() == pytest.approx(figures["loss"] + 1e-3 * float(own) / 2, rel=1e-6)
     assert trainer.entropy.coefficient == 1e-3

@@ -34,9 +34,9 @@ from blockffn.training.config import (
     read_table,
     read_tables,
 )
-from blockffn.training.corpus import Corpus, prepare
-from blockffn.training.loop import TrainingLoop, Windows
-from blockffn.training.reference import DenseFfn, GqaAttention, ReferenceModel, parameter, rms_norm
+from blockffn.training.data import Corpus, Windows, prepare
+from blockffn.training.loop import TrainingLoop
+from blockffn.training.model import DenseFfn, GqaAttention, ReferenceModel, parameter, rms_norm
 
 
 @dataclass(frozen=True)

@@ -22,49 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from blockffn.errors import BlockffnError
 from blockffn.training.config import OptimizerConfig, RunConfig
-from blockffn.training.corpus import Corpus
+from blockffn.training.data import Corpus, Windows
 from blockffn.training.optim import clip_gradients, make_optimizers, set_learning_rate, wsd
 
 CHECKPOINT, LOG, CURVE = "checkpoint.pt", "log.jsonl", "curve.png"
 SHOWN = ("loss", "validation", "active", "tokens_per_second")  # of a step's figures, in the progress line
 SCHEDULE = ("steps", "decay_steps", "final_ratio", "micro_sequences")  # may change when a run is resumed
-
-
-class Windows:
-    """Stretches of `length` + 1 tokens of a stream, in an order that changes every epoch."""
-
-    def __init__(self, stream: NDArray[np.uint16], length: int, seed: int) -> None:
-        self.stream, self.length, self.seed = stream, length, seed
-        self.count = (len(stream) - 1) // length
-        if self.count < 1:
-            raise BlockffnError(f"corpus: {len(stream)} tokens are too few for sequences of {length}; use shorter ones")
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-
-    def batch(self, first: int, n: int) -> Tensor:
-        """Windows number `first` to `first + n` of the endless order: int64 [n, length + 1]."""
-        return torch.from_numpy(np.stack([self._shuffled(i) for i in range(first, first + n)]).astype(np.int64))
-
-    def in_order(self, n: int = 0) -> Iterator[Tensor]:
-        """The first `n` windows as they stand in the text (0: all), each int64 [1, length + 1]."""
-        for i in range(min(n, self.count) if n else self.count):
-            yield torch.from_numpy(self._cut(i).astype(np.int64))[None]
-
-    def _shuffled(self, index: int) -> NDArray[np.uint16]:
-        epoch, place = divmod(index, self.count)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        return self._cut(int(self._order[place]))
-
-    def _cut(self, i: int) -> NDArray[np.uint16]:
-        return self.stream[i * self.length : (i + 1) * self.length + 1]
 
 
 class TrainingLoop(ABC):

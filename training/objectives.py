@@ -3,8 +3,8 @@
 All act on the router of each expert layer; the trainer averages over all layers, a dense one counting as 0. r [B, T, E]
 are router logits, a = relu(r), p = a / (sum_e a + 1e-5); `documents` [B, T] numbers the document of each token, -1 for
 padding.
-Sources: BlockFFN arXiv 2507.08771 section 3.2 and appendix (locality, chunk sparsification, factor scheduler), DECO
-arXiv 2605.10933 (router entropy, its controller, the loss-free bias).
+Sources: BlockFFN arXiv 2507.08771 section 3.2 and appendix (locality, chunk sparsification), DECO arXiv
+2605.10933 (router entropy).
 
     >>> from blockffn.training.objectives import token_sparsity
     >>> token_sparsity(torch.tensor([[[True, False, False, False]]]))
@@ -14,7 +14,6 @@ arXiv 2605.10933 (router entropy, its controller, the loss-free bias).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,103 +62,6 @@ def router_entropy(selected: Tensor, documents: Tensor) -> Tensor:
     p, real = shares(selected), documents >= 0
     entropy = -(p * torch.log(p + EPS)).sum(dim=-1)  # [B, T]
     return (entropy * real).sum() / real.sum().clamp(min=1)
-
-
-@dataclass
-class AdaptiveFactor:
-    """BlockFFN's scheduler of the chunk sparsification factor, step by step as AdaptiveLinearScheduler of the authors.
-
-    The factor rises linearly to `start` during `warmup` steps. Windows of `window` steps are counted from step 0. At
-    the end of each window from step `stable` on, `stable` itself included, the mean loss of the last window is divided
-    by that of the window before; the factor moves linearly over the next window to `ratio` times its value. A ratio
-    above 1 (the loss rises again) is raised to at least `min_ratio`; the factor never exceeds `max_factor` times its
-    start.
-    """
-
-    start: float
-    warmup: int = 0
-    stable: int = 0
-    window: int = 100
-    min_ratio: float = 1.025
-    max_factor: float = 4.0
-    step: int = 0
-    origin: float = field(default=-1.0)
-    goal: float = field(default=-1.0)
-    total: float = 0.0
-    previous: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.origin < 0:
-            self.origin = self.goal = self.start
-
-    def value(self) -> float:
-        """The factor of the current step."""
-        if self.step < self.warmup:
-            return self.start * (self.step + 1) / self.warmup
-        return self.origin + (self.goal - self.origin) * (self.step % self.window + 1) / self.window
-
-    def update(self, loss: float) -> None:
-        """Tell the loss of the current step and go to the next one."""
-        self.total += loss
-        self.step += 1
-        if self.step % self.window:
-            return
-        mean, self.total, self.origin = self.total / self.window, 0.0, self.goal
-        if self.step >= self.stable and self.previous is not None and self.previous > 0:
-            ratio = mean / self.previous
-            if ratio > 1:
-                ratio = max(ratio, self.min_ratio)
-            self.goal = min(self.goal * ratio, self.start * self.max_factor)
-        self.previous = mean
-
-    def state(self) -> dict[str, object]:
-        """Everything needed to go on: ``AdaptiveFactor(**state)``."""
-        return asdict(self)
-
-
-@dataclass
-class EntropyController:
-    """DECO's multiplicative controller: times m while too many experts are active, else divided by m.
-
-    The coefficient never falls below `start`.
-    """
-
-    start: float = 1e-8
-    multiplier: float = 1.001
-    target: float = 0.2
-    coefficient: float = -1.0
-
-    def __post_init__(self) -> None:
-        if self.coefficient < 0:
-            self.coefficient = self.start
-
-    def value(self) -> float:
-        """The coefficient of the current step."""
-        return self.coefficient
-
-    def update(self, activation_ratio: float) -> None:
-        """Tell the share of active experts of the current step and go to the next one."""
-        if activation_ratio > self.target:
-            self.coefficient *= self.multiplier
-        else:
-            self.coefficient = max(self.coefficient / self.multiplier, self.start)
-
-    def state(self) -> dict[str, object]:
-        """Everything needed to go on: ``EntropyController(**state)``."""
-        return asdict(self)
-
-
-@torch.no_grad()
-def update_expert_bias(bias: Tensor, routed: Tensor, documents: Tensor, target: float, rate: float = 1e-3) -> None:
-    """DECO's loss-free bias, in place: b -= rate * sign(tokens per expert - target per expert).
-
-    bias [E]; routed bool [B, T, E] is r + b' > 0, not a > 0: a positive bias adds no expert to a > 0, so that counting
-    there would let the bias of an idle expert grow for ever. `target` is the wanted share of routed experts: an
-    expert's target is target * tokens. Padding does not count.
-    """
-    real = documents >= 0  # [B, T]
-    load = (routed & real[..., None]).sum(dim=(0, 1)).to(torch.float64)  # [E]
-    bias -= rate * torch.sign(load - target * real.sum()).to(bias.dtype)
 
 
 def token_sparsity(active: Tensor) -> float:

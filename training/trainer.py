@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from blockffn.convert.save import save_checkpoint
-from blockffn.training import objectives
+from blockffn.training import controllers, objectives
 from blockffn.training.config import TrainConfig
-from blockffn.training.corpus import Corpus, document_ids, prepare
-from blockffn.training.loop import TrainingLoop, Windows
-from blockffn.training.reference import Decoder
+from blockffn.training.data import Corpus, Windows, document_ids, prepare
+from blockffn.training.loop import TrainingLoop
+from blockffn.training.model import Decoder
 
 DECO_ROUTER_SCALE = 0.1  # start of the learnable expert-wise scale; BlockFFN's norm weight starts at 1
 
@@ -40,10 +40,10 @@ class Trainer(TrainingLoop):
         router_scale = DECO_ROUTER_SCALE if config.model.family == "deco" else 1.0
         self.decoder.initialise(o.init_std, router_scale, torch.Generator().manual_seed(config.run.seed))
         super().__init__(config.run, o, corpus, self.decoder, self.decoder.canonical())
-        self.factor = objectives.AdaptiveFactor(
+        self.factor = controllers.AdaptiveFactor(
             t.chunk, t.chunk_warmup, t.chunk_stable, t.chunk_window, t.chunk_min_ratio, t.chunk_max_factor
         )
-        self.entropy = objectives.EntropyController(t.entropy, t.entropy_multiplier, t.target_ratio)
+        self.entropy = controllers.EntropyController(t.entropy, t.entropy_multiplier, t.target_ratio)
         self._seen: list[
             tuple[list[Tensor], Tensor]
         ] = []  # routed sets and documents of this step, for the expert bias
@@ -99,7 +99,7 @@ class Trainer(TrainingLoop):
             routed = torch.cat([chosen[i] for chosen, _ in self._seen])  # [B, T, E]
             documents = torch.cat([seen for _, seen in self._seen])  # [B, T]
             assert ffn.expert_bias is not None
-            objectives.update_expert_bias(ffn.expert_bias, routed, documents, t.target_ratio, t.bias_rate)
+            controllers.update_expert_bias(ffn.expert_bias, routed, documents, t.target_ratio, t.bias_rate)
         self._seen.clear()
 
     @torch.no_grad()
@@ -131,5 +131,5 @@ class Trainer(TrainingLoop):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self.factor = objectives.AdaptiveFactor(**state["factor"])
-        self.entropy = objectives.EntropyController(**state["entropy"])
+        self.factor = controllers.AdaptiveFactor(**state["factor"])
+        self.entropy = controllers.EntropyController(**state["entropy"])

@@ -5,7 +5,7 @@
     >>> report.passed, report.nmse                              # doctest: +SKIP
     (True, 3.1e-13)
 
-llama.cpp evaluates a text, then continues it greedily; the torch reference (blockffn.training.reference) evaluates text
+llama.cpp evaluates a text, then continues it greedily; the torch reference (blockffn.training.model) evaluates text
 and continuation once, teacher-forced. Greedy texts are equal exactly when every continued token is the reference's own
 likeliest one, so that the reference needs no cache and no second pass. llama.cpp's cache is float32 here, and attention
 runs without the flash kernel: both round to 11 bits by default, which would hide what conversion and graph do.
@@ -28,7 +28,7 @@ from blockffn.gguf_file import read_gguf
 
 if TYPE_CHECKING:
     from blockffn.llama import Llama
-    from blockffn.training.reference import Output, ReferenceModel
+    from blockffn.training.model import Output, ReferenceModel
 
 # Largest NMSE of the logits per weight type. F32 leaves only the order of summation. With F16 and BF16 weights
 # llama.cpp rounds the activations to the same type (not in the union op on x86), which alone costs trained models an
@@ -152,7 +152,7 @@ def verify(
 
 def _reference(src: str | PathLike[str]) -> ReferenceModel:
     try:
-        from blockffn.training.reference import ReferenceModel
+        from blockffn.training.model import ReferenceModel
     except ImportError as error:
         raise BlockffnError(f"the torch reference needs torch: {error}; pip install 'blockffn[train]'") from error
     return ReferenceModel.from_checkpoint(src)

@@ -1,6 +1,6 @@
 """The text that the small models learn: what every CPython carries, cut into tokens and kept under a cache folder.
 
-    >>> from blockffn.training.corpus import prepare
+    >>> from blockffn.training.data import prepare
     >>> corpus = prepare(Path("build/corpus"), vocab_size=4096)
     >>> corpus.train.dtype, int(corpus.train[0]) == corpus.bos_id
     (dtype('uint16'), True)
@@ -14,28 +14,23 @@ white space and line ends as they are, because Python code means something by th
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from blockffn.errors import BlockffnError
+from blockffn.training.corpora import VALIDATION_SHARE, is_validation, stdlib_documents
 
 BOS_ID, EOS_ID = 1, 2
-# Tests repeat one pattern, the others are tables or stubs that say little about the language.
-SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "pydoc_data", "lib2to3", "ensurepip"}
-)
-VALIDATION_SHARE = 0.03
-MAX_DOCUMENT_CHARS = 200_000  # longer files are generated tables
 
 
 @dataclass(frozen=True)
@@ -48,30 +43,6 @@ class Corpus:
     bos_id: int
     eos_id: int
     fingerprint: str  # SHA-256 over both streams
-
-
-def stdlib_documents() -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of every document, sorted by name; files that are not UTF-8 are left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(relative.parts) or any(part.startswith("config-") for part in relative.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if 200 <= len(text) <= MAX_DOCUMENT_CHARS:
-            yield relative.as_posix(), text.replace("\r\n", "\n")
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        yield f"pydoc_data/topics/{name}", topics[name]
-
-
-def is_validation(text: str, share: float = VALIDATION_SHARE) -> bool:
-    """Whether a document belongs to the validation split, by the hash of its text."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
 def train_tokenizer(texts: list[str], prefix: Path, vocab_size: int) -> Path:
@@ -127,6 +98,37 @@ def document_ids(tokens: NDArray[np.integer], bos_id: int = BOS_ID) -> NDArray[n
     array([0, 0, 1, 1, 1, 2, 2])
     """
     return np.cumsum(tokens == bos_id, axis=-1, dtype=np.int64)
+
+
+class Windows:
+    """Stretches of `length` + 1 tokens of a stream, in an order that changes every epoch."""
+
+    def __init__(self, stream: NDArray[np.uint16], length: int, seed: int) -> None:
+        self.stream, self.length, self.seed = stream, length, seed
+        self.count = (len(stream) - 1) // length
+        if self.count < 1:
+            raise BlockffnError(f"corpus: {len(stream)} tokens are too few for sequences of {length}; use shorter ones")
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def batch(self, first: int, n: int) -> Tensor:
+        """Windows number `first` to `first + n` of the endless order: int64 [n, length + 1]."""
+        return torch.from_numpy(np.stack([self._shuffled(i) for i in range(first, first + n)]).astype(np.int64))
+
+    def in_order(self, n: int = 0) -> Iterator[Tensor]:
+        """The first `n` windows as they stand in the text (0: all), each int64 [1, length + 1]."""
+        for i in range(min(n, self.count) if n else self.count):
+            yield torch.from_numpy(self._cut(i).astype(np.int64))[None]
+
+    def _shuffled(self, index: int) -> NDArray[np.uint16]:
+        epoch, place = divmod(index, self.count)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        return self._cut(int(self._order[place]))
+
+    def _cut(self, i: int) -> NDArray[np.uint16]:
+        return self.stream[i * self.length : (i + 1) * self.length + 1]
 
 
 def prepare(cache: Path, vocab_size: int, tokenizer: Path | None = None) -> Corpus:

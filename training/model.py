@@ -1,6 +1,6 @@
 """The decoder of BlockFFN and DECO in plain torch: the formulas, in the order in which a token meets them.
 
-    >>> from blockffn.training.reference import ReferenceModel
+    >>> from blockffn.training.model import ReferenceModel
     >>> model = ReferenceModel.from_checkpoint("examples/tiny-blockffn")
     >>> out = model.forward([1, 318, 275])
     >>> out.logits.shape, out.active.shape
