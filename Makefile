@@ -46,14 +46,15 @@ setup: venv build
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml patches/UPSTREAM
+$(VENV)/.installed: pyproject.toml requirements.lock patches/UPSTREAM
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or set PYTHON=..."; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	    { echo "error: no virtual environment: install the venv module (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
 	$(PY) patches/tree.py fetch
 	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --find-links build/download --editable '.[dev]'
+	    --find-links build/download --requirement requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 tree: $(VENV)/.installed

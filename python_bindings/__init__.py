@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from blockffn import library
+from blockffn import extras, library
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -50,7 +50,12 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"blockffn.{name}")
+        try:
+            return importlib.import_module(f"blockffn.{name}")
+        except ModuleNotFoundError as error:
+            if (cause := extras.missing(error)) is not None:
+                raise cause from error
+            raise
     raise AttributeError(f"module 'blockffn' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import blockffn
 from blockffn.errors import BlockffnError
+from blockffn.extras import missing
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line for --help)
@@ -28,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("blockffn.commands.run", "continue a text"),
     "chat": ("blockffn.commands.chat", "talk to a model in the terminal"),
     "serve": ("blockffn.commands.serve", "llama-server of the patched tree, same flags"),
-    "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, parity, Spec-Bench, lm-eval"),
+    "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, parity"),
     "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
     "train": ("blockffn.training.cli", "train a small model or a draft head"),
 }
@@ -51,6 +52,12 @@ def guarded(command: Callable[[], int], debug: bool = False) -> int:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        cause = missing(error)
+        if debug or cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if debug:
