@@ -33,9 +33,8 @@ def test_reader_agrees_with_gguf(blockffn_model: Path) -> None:
             assert np.array_equal(np.asarray(found), np.asarray(expected)), name
 
 
-def test_reader_is_quick_with_a_large_vocabulary(tmp_path: Path) -> None:
-    import time
-
+def test_reader_takes_a_large_vocabulary_as_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf's own reader makes two arrays for every token, which takes seconds."""
     n = 122753
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "blockffn")
     writer.add_token_list([f"token {i}" for i in range(n)])
@@ -46,9 +45,15 @@ def test_reader_is_quick_with_a_large_vocabulary(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    start = time.perf_counter()
+    arrays, get = [0], gguf.GGUFReader._get
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        arrays[0] += 1
+        return get(*arguments, **options)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_get", counted)
     file = read_gguf(tmp_path / "v.gguf")
-    assert time.perf_counter() - start < 3.0  # 0.25 s on a quiet machine; gguf's own reader takes 5.5 s
+    assert 0 < arrays[0] < 100
     assert file.metadata["tokenizer.ggml.tokens"][-1] == f"token {n - 1}"
     assert file.metadata["tokenizer.ggml.scores"][-1] == -float(n - 1)
 

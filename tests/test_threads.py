@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from blockffn import threads
+
+Machine = Callable[[list[str], str | None], int]
 
 
 @pytest.mark.parametrize(
@@ -34,5 +39,40 @@ def test_container_limit(content: str, expected: int | None, monkeypatch: pytest
     assert threads._container_limit() == expected
 
 
-def test_this_machine() -> None:
-    assert threads.physical_cores() >= 1
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A function that lays out /sys for threads with these siblings and this cpu.max, and counts the cores."""
+
+    def count(siblings: list[str], limit: str | None) -> int:
+        for cpu, names in enumerate(siblings):
+            folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+            folder.mkdir(parents=True)
+            (folder / "thread_siblings_list").write_text(names + "\n")
+        if limit is not None:
+            (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+            (tmp_path / "sys/fs/cgroup/cpu.max").write_text(limit + "\n")
+        monkeypatch.setattr(threads, "Path", lambda path: tmp_path / path.lstrip("/"))
+        monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _pid: set(range(len(siblings))), raising=False)
+        return threads.physical_cores()
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("siblings", "limit", "expected"),
+    [
+        (["0,2", "1,3", "0,2", "1,3"], None, 2),  # as Intel numbers them
+        (["0-1", "0-1", "2-3", "2-3"], "max 100000", 2),  # as AMD does
+        (["0", "1", "2", "3"], "250000 100000", 2),  # a container
+        (["0-1", "0-1", "2-3", "2-3"], "800000 100000", 2),
+        ([], None, 1),
+    ],
+)
+def test_recorded_machines(machine: Machine, siblings: list[str], limit: str | None, expected: int) -> None:
+    assert machine(siblings, limit) == expected
+
+
+def test_a_system_without_the_files(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine([], None)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _pid: {0, 1, 2}, raising=False)
+    assert threads.physical_cores() == 3
