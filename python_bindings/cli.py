@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("blockffn.commands.chat", "talk to a model in the terminal"),
     "serve": ("blockffn.commands.serve", "llama-server of the patched tree, same flags"),
     "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, parity"),
+    "verify-published": ("blockffn.eval.published.cli", "one published checkpoint: convert, compare, measure, report"),
     "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
     "train": ("blockffn.training.cli", "train a small model or a draft head"),
 }

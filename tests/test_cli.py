@@ -47,7 +47,7 @@ except SystemExit as error:
 print([m for m in ("torch", "numpy", "llama_cpp", "blockffn.convert", "blockffn.eval") if m in sys.modules])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
-    assert all(f"    {command} " in out for command in cli.COMMANDS)
+    assert all(f"    {command}" in out for command in cli.COMMANDS)
     assert out.endswith("exit 0\n[]\n")
 
 

@@ -1,0 +1,1 @@
+"""Everything about one published checkpoint in one report: `blockffn verify-published`."""
