@@ -38,7 +38,7 @@ $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx
 endif
 
 .PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz test-amx \
-        wheel refresh-patches clean
+        wheel check-upstream refresh-patches clean
 
 setup: venv build
 
@@ -153,6 +153,11 @@ test-amx:
 wheel:
 	$(MAKE) BUILD_PROFILE=portable setup
 	$(PY) python_bindings/build_wheel.py
+
+# Whether the patches fit another release of the upstream package.
+check-upstream: venv
+	@test -n "$(VERSION)" || { echo "error: which release? make check-upstream VERSION=0.3.35"; exit 1; }
+	$(PY) patches/check_upstream.py $(VERSION)
 
 refresh-patches: tree
 	$(PY) patches/tree.py refresh

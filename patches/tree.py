@@ -64,10 +64,11 @@ def sha256(path: Path) -> str:
 
 
 def download(upstream: dict[str, str], folder: Path) -> Path:
-    """Return the source package in `folder`, downloading it with pip where it is missing."""
+    """Return the source package in `folder`, from pip where it is missing; checked where `upstream` has its hash."""
+    expected = upstream.get("sha256")
     pattern = f"{upstream['package'].replace('-', '_')}-{upstream['version']}.tar.gz"
     archive = folder / pattern
-    if archive.exists() and sha256(archive) != upstream["sha256"]:
+    if archive.exists() and expected not in (None, sha256(archive)):
         print(f"{archive.relative_to(ROOT)} is damaged (another sha256): fetching it again", flush=True)
         archive.unlink()
     if archive.exists():
@@ -80,9 +81,9 @@ def download(upstream: dict[str, str], folder: Path) -> Path:
         found = Path(temporary) / pattern
         if run.returncode != 0 or not found.exists():
             raise TreeError(f"pip could not download {what}: is the Python package index reachable?")
-        if sha256(found) != upstream["sha256"]:
+        if expected not in (None, sha256(found)):
             raise TreeError(
-                f"{pattern}: expected sha256 {upstream['sha256']} (patches/UPSTREAM), found {sha256(found)}; "
+                f"{pattern}: expected sha256 {expected} (patches/UPSTREAM), found {sha256(found)}; "
                 "the package index serves another file, do not use it"
             )
         found.replace(archive)
@@ -110,9 +111,14 @@ def touched(patch: Path) -> list[str]:
     return re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), flags=re.MULTILINE)
 
 
+def plain_environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which git is a plain patch tool in `folder`: paths mean what the patch says."""
+    return {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent), "LC_ALL": "C"}
+
+
 def git(*arguments: str, cwd: Path, ok: tuple[int, ...] = (0,)) -> str:
-    """Run git as a plain patch tool: outside any repository, so that paths mean what the patch says."""
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(cwd.parent), "LC_ALL": "C"}
+    """Run git as a plain patch tool."""
+    environment = plain_environment(cwd)
     try:
         run = subprocess.run(["git", *arguments], cwd=cwd, env=environment, text=True, capture_output=True, check=False)
     except FileNotFoundError:

@@ -205,3 +205,57 @@ def test_missing_compiler_is_one_message(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode != 0 and "no C++17 compiler" in run.stdout + run.stderr
+
+
+@pytest.fixture
+def check_upstream(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """patches/check_upstream.py on the made-up upstream."""
+    monkeypatch.setitem(sys.modules, "tree", tree)
+    spec = importlib.util.spec_from_file_location("check_under_test", SCRIPT.with_name("check_upstream.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_release(tree: ModuleType, version: str, files: dict[str, str]) -> None:
+    with tarfile.open(tree.BUILD / "download" / f"made_up-{version}.tar.gz", "w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"made_up-{version}/vendor/x/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+
+
+def test_other_release_is_judged_hunk_by_hunk(
+    tree: ModuleType, check_upstream: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hunk that does not fit hides neither the others of its patch nor the patches after it."""
+    more = SECOND.partition("@@")
+    (tree.PATCHES / "0001-first.patch").write_text(PATCH + more[1] + more[2])
+    (tree.PATCHES / "0002-third.patch").write_text(SECOND.replace("one.c", "two.c"))
+    (tree.PATCHES / "0003-gone.patch").write_text(PATCH.replace("one.c", "three.c"))
+    (tree.PATCHES / "series").write_text("0001-first.patch\n0002-third.patch\n0003-gone.patch\n")
+    write_release(tree, "1.1", {"src/one.c": SOURCE.replace("line 1\n", "other\n"), "src/two.c": "new line\n" + SOURCE})
+    assert check_upstream.check("1.1") == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "0001-first.patch: does not fit (2 hunks)",
+        "    src/one.c: hunk at line 1",
+        "0002-third.patch: applies (1 hunks)",
+        "0003-gone.patch: does not fit (1 hunks)",
+        "    src/three.c: no such file",
+        "made-up 1.1: 1 of 3 patches apply",
+    ]
+    assert not tree.TREE.exists()
+
+
+def test_the_pinned_release_applies(tree: ModuleType, check_upstream: ModuleType) -> None:
+    assert check_upstream.check("1.0") == 0
+
+
+def test_release_that_cannot_be_had(
+    tree: ModuleType, check_upstream: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tree.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    monkeypatch.setattr(sys, "argv", ["check_upstream.py", "9.9"])
+    assert check_upstream.main() == 1
+    assert "could not download made-up==9.9" in capsys.readouterr().err
