@@ -207,6 +207,13 @@ def test_missing_compiler_is_one_message(tmp_path: Path) -> None:
     assert run.returncode != 0 and "no C++17 compiler" in run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("patch", sorted(SCRIPT.parent.glob("*.patch")), ids=lambda path: path.stem)
+def test_every_patch_says_why_it_is_needed_and_whether_upstream_gets_it(patch: Path) -> None:
+    header = patch.read_text().partition("diff --git ")[0]
+    subject, _, reason = header.partition("\n\n")
+    assert 10 < len(subject) < 120 and "Needed " in reason and "Upstream: " in reason
+
+
 @pytest.fixture
 def check_upstream(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """patches/check_upstream.py on the made-up upstream."""
