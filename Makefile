@@ -37,8 +37,8 @@ else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
 
-.PHONY: demo test setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz test-amx \
-        wheel check-upstream refresh-patches clean
+.PHONY: demo test test-quick setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz \
+        test-amx wheel check-upstream refresh-patches clean
 
 setup: venv build
 
@@ -80,6 +80,10 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# Every module that takes no more than a few seconds (tests/conftest.py): below a minute.
+test-quick: setup
+	$(PY) -m pytest -m "not slow"
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleep
 # a shell starts background jobs with SIGINT ignored, and what ignores it passes that on: the tests of Ctrl-C need it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Modules that take more than a few seconds; `make test-quick` leaves them out. A new module is quick until it is named.
+SLOW = {
+    "test_convert_mutations", "test_convert_writer", "test_eagle_training", "test_eval_bench",
+    "test_eval_bench_activation",
+    "test_eval_bench_peers", "test_eval_bench_speculative", "test_eval_demo", "test_eval_planted",
+    "test_eval_published",
+    "test_inspect", "test_library", "test_models", "test_open_streams", "test_ops", "test_parity", "test_parity_deco",
+    "test_programs", "test_quantize", "test_readme", "test_server", "test_speculative_exact", "test_speculative_policy",
+    "test_speculative_soak", "test_trainer", "test_wheel",
+}  # fmt: skip
+
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of a slow module."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

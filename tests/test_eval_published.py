@@ -15,7 +15,7 @@ from checkpoints import write_checkpoint
 from blockffn.cli import main
 from blockffn.eval.published import authors, steps
 from blockffn.eval.published.report import markdown
-from blockffn.training.reference import ReferenceModel
+from blockffn.training.model import ReferenceModel
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 QUICK = ("--rounds", "1", "-t", "1", "--type", "Q8_0")
