@@ -108,7 +108,7 @@ test-upstream: setup
 # The op tests alone with ggml, without the rest of llama.cpp. Without OpenMP, whose barriers ThreadSanitizer cannot see.
 OPS_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) -DGGML_SOURCE_DIR=$(CURDIR)/$(TREE)/ggml -DBUILD_SHARED_LIBS=OFF \
              -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF
-OPS_TESTS := test-relu-router test-union-ffn test-token-tiles
+OPS_TESTS := test-flash-attn test-relu-router test-union-ffn test-token-tiles
 
 test-sanitize: sanitize-address,undefined sanitize-thread
 
@@ -119,6 +119,7 @@ sanitize-%: tree
 	build/sanitize-$*/bin/test-relu-router
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-union-ffn --quick
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-token-tiles --quick
+	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-flash-attn --quick
 
 # Mutated GGUF files of every kind of model, loaded under AddressSanitizer and UndefinedBehaviorSanitizer.
 # FUZZ: mutations; SEED: of their choice. `fuzz-load` says how to repeat one. NDEBUG, as people build: upstream's debug
@@ -146,7 +147,8 @@ test-arm: tree
 	    $(NINJA) -C build/arm-$$arch -j $(JOBS) $(OPS_TESTS) || exit 1; \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-relu-router && \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick && \
-	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-token-tiles --quick || exit 1; \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-token-tiles --quick && \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-flash-attn --quick || exit 1; \
 	done
 
 # AMX without a CPU that has it: our tests on a build whose tile instructions are emulated.

@@ -1,6 +1,7 @@
 // The graph of one evaluation: see blockffn-model.h.
 
 #include "blockffn-model.h"
+#include "flash-attn.h"
 #include "llama-adapter.h"
 
 #include <string>
@@ -15,6 +16,16 @@ void blockffn_hint_token_tiles(ggml_cgraph * gf) {
         ggml_tensor * node = ggml_graph_node(gf, i);
         if (node->op == GGML_OP_MUL_MAT && node->op_params[1] == GGML_HINT_NONE) {
             ggml_mul_mat_set_hint(node, GGML_HINT_TOKEN_TILES);
+        }
+    }
+}
+
+// Attention as ggml's own kernels compute it.
+static void ask_for_stock_attention(ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            ggml_flash_attn_set_row_by_row(node);
         }
     }
 }
@@ -80,7 +91,9 @@ llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_pa
     cb(cur, "result_output", -1);
     res->t_logits = cur;
     ggml_build_forward_expand(gf, cur);
-    if (!bf.dense_layout && !bf.ffn_dense) {  // those are the stock graph, the yardstick of every benchmark
+    if (bf.dense_layout || bf.ffn_dense) {  // the stock graph on stock kernels, the yardstick of every benchmark
+        ask_for_stock_attention(gf);
+    } else {
         blockffn_hint_token_tiles(gf);
     }
 }
