@@ -58,16 +58,81 @@ def test_stdlib_documents_are_clean():
     assert not any("/test" in f"/{name}" and name.split("/")[0] in corpora.SKIPPED_FOLDERS for name in names)
 
 
-def test_cache_is_used_and_depends_on_the_vocabulary(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "stdlib_documents", lambda: iter((str(i), text) for i, text in enumerate(TEXTS)))
-    monkeypatch.setattr(data, "is_validation", lambda text, share=0.0: "function_7(" in text)
+def standing_alone(number):
+    """A document of 1,400 characters whose lines occur in no other one."""
+    return "".join(f"value_{number}_{i} = compute({number * i})\n" for i in range(60))
+
+
+def test_validation_has_no_long_document_and_no_near_copy(monkeypatch):
+    """All are candidates; 1 is too short, 2 too long; 3 shares 18 of its 60 lines with the long 4."""
+    monkeypatch.setattr(corpora, "is_validation", lambda text: True)
+    copied = "".join(standing_alone(4).splitlines(keepends=True)[:18])
+    near = copied + "".join(standing_alone(3).splitlines(keepends=True)[18:])
+    long = standing_alone(4) + "".join(f"row_{i} = {i}\n" for i in range(1500))
+    texts = [standing_alone(0), "x = 1\n" * 100, standing_alone(2) * 20, near, long, standing_alone(5)]
+    train, validation = corpora.split(texts)
+    assert validation == [texts[0], texts[5]]
+    assert train == texts[1:5]
+
+
+def test_split_of_the_standard_library():
+    """By document; none dominates; none says what a training document says; posixpath.py and its kin train together."""
+    documents = dict(corpora.stdlib_documents())
+    train, validation = corpora.split(list(documents.values()))
+    size = sum(map(len, validation))
+    assert len(train) + len(validation) == len(documents) and not set(train) & set(validation)
+    assert len(validation) > 15 and size > 50_000 and max(map(len, validation)) < 0.15 * size
+    assert {documents[name] for name in ("os.py", "ntpath.py", "posixpath.py")} <= set(train)
+    training_lines = [set(filter(None, text.splitlines())) for text in train]
+    for text in validation:
+        own = {line for line in text.splitlines() if len(line.split()) > 3}
+        assert max(len(own & lines) for lines in training_lines) < 0.3 * len(own)
+
+
+@pytest.fixture
+def small_library(monkeypatch):
+    texts = [*TEXTS, standing_alone(0)]
+    monkeypatch.setattr(corpora, "stdlib_documents", lambda: iter((str(i), text) for i, text in enumerate(texts)))
+    monkeypatch.setattr(corpora, "is_validation", lambda text: text == texts[-1])
+    return monkeypatch
+
+
+def test_cache_is_used_and_depends_on_the_vocabulary(tmp_path, tokenizer, small_library):
     first = data.prepare(tmp_path, 320, tokenizer)
     assert len(first.train) > len(first.validation) > 100
-    monkeypatch.setattr(data, "stdlib_documents", lambda: pytest.fail("the cache was not used"))
+    assert [path.read_text() for path in tmp_path.glob("*/validation.txt")] == [standing_alone(0)]
+    small_library.setattr(corpora, "stdlib_documents", lambda: pytest.fail("the cache was not used"))
     again = data.prepare(tmp_path, 320, tokenizer)
     assert again.fingerprint == first.fingerprint
     with pytest.raises(BlockffnError, match="no such vocabulary"):
         data.prepare(tmp_path, 320, tmp_path / "absent.model")
+
+
+def test_runs_that_start_together_share_one_whole_cache(tmp_path, tokenizer, small_library):
+    """A second run begins and ends while the first one encodes; what it loaded is never written again."""
+    encode, inner = data.encode_documents, []
+
+    def interrupted(model, texts):
+        if not inner:
+            inner.append(None)
+            inner[0] = data.prepare(tmp_path, 320, tokenizer)
+            (folder,) = [path for path in tmp_path.iterdir() if (path / "train.npy").is_file()]
+            inner.append((folder / "train.npy").stat())
+        return encode(model, texts)
+
+    small_library.setattr(data, "encode_documents", interrupted)
+    outer = data.prepare(tmp_path, 320, tokenizer)
+    (folder,) = tmp_path.iterdir()  # no scratch folder is left
+    after = (folder / "train.npy").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (inner[1].st_ino, inner[1].st_mtime_ns)
+    assert outer.fingerprint == inner[0].fingerprint and np.array_equal(outer.train, inner[0].train)
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, tokenizer, small_library):
+    small_library.setattr(data, "encode_documents", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.prepare(tmp_path, 320, tokenizer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_vocabulary_too_large_for_the_text(tmp_path):

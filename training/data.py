@@ -5,18 +5,17 @@
     >>> corpus.train.dtype, int(corpus.train[0]) == corpus.bos_id
     (dtype('uint16'), True)
 
-Documents are the sources of the standard library and the help topics of pydoc_data. A document belongs to the
-validation split when the SHA-256 of its text says so, hence the split never depends on file order or dates. The
-vocabulary is a SentencePiece BPE model with byte fallback, bos 1 and eos 2 like the published models; it keeps
-white space and line ends as they are, because Python code means something by them.
+blockffn.training.corpora gives the documents and their split. The vocabulary is a SentencePiece BPE model with byte
+fallback, bos 1 and eos 2 like the published models; it keeps white space and line ends as they are, because Python code
+means something by them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockffn.errors import BlockffnError
-from blockffn.training.corpora import VALIDATION_SHARE, is_validation, stdlib_documents
+from blockffn.training import corpora
 
 BOS_ID, EOS_ID = 1, 2
 
@@ -134,35 +133,38 @@ class Windows:
 def prepare(cache: Path, vocab_size: int, tokenizer: Path | None = None) -> Corpus:
     """Return the corpus, from `cache` when it was made by the same interpreter and vocabulary, else made anew.
 
-    `tokenizer` names an existing vocabulary (a tokenizer.model) to use instead of training one.
+    `tokenizer` names an existing vocabulary (a tokenizer.model) to use instead of training one. The validation text
+    lies beside the tokens as validation.txt. Several runs may start at once: a folder appears whole, the first stays.
     """
-    key = {"python": sys.version.split()[0], "vocab_size": vocab_size, "share": VALIDATION_SHARE}
+    key = {"python": sys.version.split()[0], "vocab_size": vocab_size, "split": corpora.SPLIT}
     if tokenizer is not None:
         if not tokenizer.is_file():
             raise BlockffnError(f"{tokenizer}: no such vocabulary; remove `tokenizer` from [corpus] to train one")
         key["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    if not (folder / "done.json").is_file():
-        _build(folder, vocab_size, tokenizer)
-        _write_atomically(folder / "done.json", json.dumps(key, indent=1).encode())
-    train, validation = np.load(folder / "train.npy"), np.load(folder / "validation.npy")
-    fingerprint = hashlib.sha256(train.tobytes() + validation.tobytes()).hexdigest()
-    return Corpus(train, validation, tokenizer or folder / "tokenizer.model", BOS_ID, EOS_ID, fingerprint)
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=cache) as scratch:
+            whole = Path(scratch) / "whole"
+            _build(whole, vocab_size, tokenizer)
+            (whole / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was first
+                    raise
+    train, validation = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+    fingerprint = hashlib.sha256(train)
+    fingerprint.update(validation)
+    return Corpus(train, validation, tokenizer or folder / "tokenizer.model", BOS_ID, EOS_ID, fingerprint.hexdigest())
 
 
 def _build(folder: Path, vocab_size: int, tokenizer: Path | None) -> None:
-    texts = [text for _, text in stdlib_documents()]
-    train = [text for text in texts if not is_validation(text)]
-    validation = [text for text in texts if is_validation(text)]
+    train, validation = corpora.split([text for _, text in corpora.stdlib_documents()])
     # Neighbours in a package resemble each other: order by hash, so that every stretch of the stream is a mixture.
     train.sort(key=lambda text: hashlib.sha256(text.encode("utf-8")).digest())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     model = tokenizer or train_tokenizer(train, folder / "tokenizer", vocab_size)
     np.save(folder / "train.npy", encode_documents(model, train))
     np.save(folder / "validation.npy", encode_documents(model, validation))
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    (folder / "validation.txt").write_text("".join(validation), encoding="utf-8")
