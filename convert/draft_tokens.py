@@ -37,7 +37,9 @@ def read_draft_tokens(path: Path, n_vocab: int) -> list[int]:
         ids = _read(path)
     except OSError as error:
         raise BlockffnError(f"{path}: {wanted}: {error.strerror or error}") from error
-    except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError, TypeError) as error:
+    except BlockffnError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
         reason = str(error).partition("\n")[0]
         raise BlockffnError(f"{path}: {wanted} (JSON, or numbers with white space between): {reason}") from error
     if not ids:

@@ -198,11 +198,14 @@ def _read_shape(head: Checkpoint, n_embd: int) -> HeadShape:
             f"{found}: not a head of this target"
         )
     heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim") if fields.has("head_dim") else n_embd // heads
+    if head_dim % 2:
+        fields.wrong("head_dim", "an even number, as coordinates are rotated in pairs")
     return HeadShape(
         n_layer=fields.integer("num_hidden_layers"),
         n_head=heads,
         n_head_kv=fields.integer("num_key_value_heads"),
-        head_dim=fields.integer("head_dim") if fields.has("head_dim") else n_embd // heads,
+        head_dim=head_dim,
         n_ff=fields.integer("intermediate_size"),
     )
 

@@ -18,8 +18,33 @@ from blockffn.errors import BlockffnError
 OURS = "MiniCPMForCausalLM with ffn_type (BlockFFN, its dense twin, ReMoE) or BlockFFNForCausalLM (DECO)"
 
 
+LIMITS = {"layers": 512, "experts": 1024}  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of llama.cpp
+
+
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """Return the model's configuration, checked against the tensor shapes. Decisions go to checkpoint.notes."""
+    config = _read(checkpoint)
+    check_runs(config)
+    return config
+
+
+def check_runs(config: ModelConfig) -> None:
+    """Raise where llama.cpp could not load the model."""
+    rotary = config.mla.rope_head_dim if config.mla else config.head_dim
+    if rotary % 2:
+        raise BlockffnError(
+            f"config.json: {rotary} rotary dimensions of a head: expected an even number, as they are rotated in "
+            "pairs; correct the number of heads or qk_rope_head_dim"
+        )
+    found = {"layers": config.n_layer, "experts": config.moe.n_expert if config.moe else 0}
+    for what, limit in LIMITS.items():
+        if found[what] > limit:
+            raise BlockffnError(
+                f"config.json: expected at most {limit} {what}, the limit of llama.cpp, found {found[what]}"
+            )
+
+
+def _read(checkpoint: Checkpoint) -> ModelConfig:
     config = checkpoint.config
     name = _architecture(config)
     if blockffn.is_bmtrain(checkpoint):

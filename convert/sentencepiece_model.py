@@ -85,6 +85,8 @@ def _piece(content: bytes) -> Piece:
             score = struct.unpack("<f", value)[0]
         elif number == 3 and isinstance(value, int):
             kind = value
+    if not NORMAL <= kind <= BYTE:
+        raise ValueError(f"piece {text!r} of type {kind}")
     return Piece(text, score, kind)
 
 

@@ -125,6 +125,8 @@ class _Reader(GGUFReader):
 
 def _value(field: ReaderField) -> Any:
     part = field.parts[-1]
+    if field.types[0] == GGUFValueType.STRING:
+        return bytes(part).decode("utf-8", errors="replace")
     if field.types[0] != GGUFValueType.ARRAY:
         return field.contents()
     if isinstance(part, list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from blockffn.convert import load_canonical
+from blockffn.convert import families, load_canonical
 from blockffn.convert.checkpoint import Checkpoint, open_checkpoint
 from blockffn.convert.deco import parse_layer_freq
 from blockffn.convert.families import read_config
@@ -24,6 +25,13 @@ def read(folder: Path, **options: Any) -> tuple[ModelConfig, str]:
     """Configuration and notes of a checkpoint with these options."""
     checkpoint: Checkpoint = open_checkpoint(write_checkpoint(folder, with_tokenizer=False, **options))
     return read_config(checkpoint), "\n".join(checkpoint.notes)
+
+
+def test_llama_cpp_has_limits(tmp_path: Path) -> None:
+    config, _ = read(tmp_path)
+    families.check_runs(dataclasses.replace(config, n_layer=512))
+    with pytest.raises(BlockffnError, match="at most 512 layers"):
+        families.check_runs(dataclasses.replace(config, n_layer=513))
 
 
 def test_scales(tmp_path: Path) -> None:

@@ -242,6 +242,9 @@ CASES: list[Case] = [
      ["shared_experts", "nothing in this model"]),
     ("deco bias unstated", {**DECO, "bias": "base"}, set_config(moe_router_enable_expert_bias=...), {},
      ["moe_router_enable_expert_bias", "found nothing"]),
+    ("odd rotary width", {"rope": 15}, None, {}, ["15 rotary dimensions", "even number"]),
+    ("odd head size", {**DECO, "n_embd": 60}, None, {}, ["15 rotary dimensions", "even number"]),
+    ("too many experts", {"n_expert": 1025, "expert_dim": 1}, None, {}, ["at most 1024 experts", "found 1025"]),
     ("deco head count", DECO, set_config(num_attention_heads=3), {},
      ["num_attention_heads", "a divisor of 64, the rows of q_proj", "found 3"]),
     *((f"other meaning {key}", {}, set_config(**{key: value}), {}, [key, "not part of these models", f"found {value}"])

@@ -1,13 +1,15 @@
 """Every value of every JSON file that a conversion reads, replaced by odd ones: converted, or refused in one line.
 
-Each refusal is a BlockffnError (exit code 1) that leaves nothing behind; no conversion takes 300 MB more memory than
-the test had, or 10 seconds.
+Binary files are damaged at random. Each refusal is a BlockffnError (exit code 1) that leaves nothing behind; nothing
+takes 300 MB more memory than the test had, or 10 seconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import random
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from checkpoints import write_checkpoint
 from tiny_head import N_EMBD, write_head
 
 from blockffn.convert import convert_checkpoint
+from blockffn.convert.draft_tokens import read_draft_tokens
 from blockffn.convert.eagle import convert_head
 from blockffn.errors import BlockffnError
 
@@ -208,6 +211,56 @@ def test_odd_values(
             keys,
         )
         assert refused >= 5 or file.name == "special_tokens_map.json"  # which nobody reads
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Other bytes, flipped bits, large numbers, missing bytes, or a missing end."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(min(len(data), 4000))  # headers lie at the beginning
+        size = rng.choice((1, 8))
+        data[at : at + size] = rng.choice((rng.randbytes(size), b"\xff" * size, bytes(size), b""))
+    return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+
+
+def test_damaged_binary_files(tmp_path: Path) -> None:
+    """Weights, tokenizers, targets and lists of draft tokens with random damage."""
+    plain = {**TINY, "n_vocab": 512}
+    safe = write_checkpoint(tmp_path / "safe", **plain)
+    pickled = write_checkpoint(tmp_path / "pickle", fmt="pickle", **plain)
+    target = write_checkpoint(tmp_path / "target", **plain | {"n_embd": N_EMBD, "attention": "gqa"})
+    convert_checkpoint(target, tmp_path / "t.gguf")
+    head, ids, out = write_head(tmp_path / "head"), tmp_path / "freq_3.pkl", tmp_path / "out" / "m.gguf"
+    out.parent.mkdir()
+    ids.write_bytes(pickle.dumps([1, 2, 3]))
+    readers: list[tuple[Path, Callable[[], Any]]] = [
+        (safe / "model.safetensors", lambda: convert_checkpoint(safe, out, dry_run=True)),
+        (safe / "tokenizer.model", lambda: convert_checkpoint(safe, out, dry_run=True)),
+        (pickled / "pytorch_model.bin", lambda: convert_checkpoint(pickled, out, dry_run=True)),
+        (tmp_path / "t.gguf", lambda: convert_head(head, tmp_path / "t.gguf", out, dry_run=True)),
+        (ids, lambda: read_draft_tokens(ids, 512)),
+    ]
+    rng = random.Random(3)
+    with bounded():
+        for file, read in readers:
+            original = file.read_bytes()
+            refused = sum(refuses(file, damaged(original, rng), read) for _ in range(150))
+            assert refused > 20, file
+            file.write_bytes(original)
+            assert not list(out.parent.iterdir())
+
+
+def refuses(file: Path, content: bytes, read: Callable[[], Any]) -> bool:
+    """Whether reading this content ends with an error, which must be one of ours, in one line."""
+    file.write_bytes(content)
+    signal.signal(signal.SIGALRM, hangs)
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    try:
+        read()
+    except BlockffnError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return True
+    return False
 
 
 def test_odd_values_of_a_metadata_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
