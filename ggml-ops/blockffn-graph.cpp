@@ -167,8 +167,10 @@ ggml_tensor * llama_model_blockffn::graph::build_ffn_block(const llama_layer & l
     }
     const bool    sparse = runs_union_op(layer, cur);
     const routing r      = build_router(layer, cur, sparse, il);
-    ggml_build_forward_expand(gf, r.active);
-    res->t_expert_scores.push_back(r.active);
+    if (cparams.expert_stats) {
+        ggml_build_forward_expand(gf, r.active);
+        res->t_expert_scores.push_back(r.active);
+    }
 
     ggml_tensor * y = sparse ? build_union(layer, cur, r.scores) : build_experts_dense(layer, cur, r.scores, il);
     cb(y, "ffn_experts", il);

@@ -117,6 +117,11 @@ int32_t blockffn_n_experts(const llama_model * model) {
     return blockffn_n_moe_layers(model) > 0 ? model->hparams.n_expert : 0;
 }
 
+void blockffn_stats_enable(llama_context * ctx, bool enable) {
+    ctx->synchronize();
+    ctx->set_expert_stats(enable);
+}
+
 bool blockffn_active_experts(llama_context * ctx, int32_t i_layer, int32_t i_token, uint8_t * out) {
     ctx->synchronize();
     return ctx->get_expert_stats().active(i_layer, i_token, out);

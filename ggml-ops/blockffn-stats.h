@@ -1,7 +1,8 @@
 #pragma once
 
 // Which experts the last batch activated, and how large their union was: the C API, and the collector inside
-// llama_context. "Active" is what the router op said: a nonzero score.
+// llama_context. "Active" is what the router op said: a nonzero score. Off unless asked for: collecting waits for every
+// evaluation to end, and keeps the scores of all layers until then.
 
 #include "llama.h"
 
@@ -13,12 +14,17 @@ extern "C" {
 LLAMA_API int32_t blockffn_n_moe_layers(const struct llama_model * model);
 LLAMA_API int32_t blockffn_n_experts(const struct llama_model * model);
 
+// Switch collecting on or off, from the next llama_decode on. The sums below stay; what the last batch activated is
+// forgotten.
+LLAMA_API void blockffn_stats_enable(struct llama_context * ctx, bool enable);
+
 // Experts that token i_token of the last llama_decode (its index in the batch) activated in MoE layer i_layer
 // (counted over MoE layers): out[e] = 1 or 0, n_experts bytes. Returns false where that layer did not compute the
-// token: the last layer computes only tokens whose logits or embeddings were asked for.
+// token: the last layer computes only tokens whose logits or embeddings were asked for; and where nothing was collected.
 LLAMA_API bool blockffn_active_experts(struct llama_context * ctx, int32_t i_layer, int32_t i_token, uint8_t * out);
 
-// Sums over all evaluations (micro-batches) since blockffn_stats_reset, one entry per MoE layer; a NULL is skipped.
+// Sums over all collected evaluations (micro-batches) since blockffn_stats_reset, one entry per MoE layer; a NULL is
+// skipped.
 //   n_evals: evaluations; n_rows: tokens in them; n_pairs: active (token, expert) pairs; n_union: experts needed by
 //   at least one token of the evaluation
 LLAMA_API void blockffn_stats(struct llama_context * ctx,

@@ -1,4 +1,4 @@
-"""ctypes declarations of what our libllama offers beyond llama.h (ggml-ops/blockffn-stats.h), and of gguf.h.
+"""ctypes declarations of what our libllama offers beyond llama_cpp (ggml-ops/blockffn-stats.h, patches), and of gguf.h.
 
 >>> from blockffn import _capi
 >>> _capi.read_header("model.gguf")        # doctest: +SKIP
@@ -23,9 +23,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # name: (result, arguments)
     "blockffn_n_moe_layers": (ctypes.c_int32, [ctypes.c_void_p]),
     "blockffn_n_experts": (ctypes.c_int32, [ctypes.c_void_p]),
+    "blockffn_stats_enable": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "blockffn_active_experts": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _uint8_p]),
     "blockffn_stats": (None, [ctypes.c_void_p, _int64_p, _int64_p, _int64_p, _int64_p]),
     "blockffn_stats_reset": (None, [ctypes.c_void_p]),
+    "llama_set_batch_invariant": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
 }
 
 

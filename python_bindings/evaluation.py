@@ -84,7 +84,7 @@ class Evaluator:
         result = np.zeros((n_layers, len(tokens), n_experts), np.uint8)
         row = (ctypes.c_uint8 * n_experts)()
         # Every token asks for logits: the last FFN runs only on the rows that do.
-        for start, count in self._decode(tokens, hidden=False):
+        for start, count in self._decode(tokens, hidden=False, experts=True):
             for layer in range(n_layers):
                 for i in range(count):
                     if not get(self._ctx, layer, i, row):
@@ -92,10 +92,11 @@ class Evaluator:
                     result[layer, start + i] = row
         return result.astype(np.bool_)
 
-    def _decode(self, tokens: Sequence[int], hidden: bool) -> Iterator[tuple[int, int]]:
+    def _decode(self, tokens: Sequence[int], hidden: bool, experts: bool = False) -> Iterator[tuple[int, int]]:
         """Evaluate `tokens` from an empty cache; yield (first, count) after each batch, with all its outputs ready."""
         ids = self._checked(tokens)
         self._reserve(len(ids))
+        _capi.function("blockffn_stats_enable")(self._ctx, experts)
         self._low.llama_set_embeddings(self._ctx, hidden)
         self._low.llama_memory_clear(self._low.llama_get_memory(self._ctx), True)
         for start in range(0, len(ids), self._n_batch):

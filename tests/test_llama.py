@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import weakref
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import blockffn
-from blockffn import BlockffnError, evaluation
+from blockffn import BlockffnError, _capi, evaluation, library
 
 TOKENS = [1, *range(40, 77)]  # 38 tokens
 
@@ -131,6 +132,26 @@ def test_active_experts_of_a_dense_model(stock_model: Path) -> None:
     with pytest.raises(BlockffnError, match="no layer of this model has"):
         llm.active_experts(TOKENS)
     llm.close()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_statistics_are_collected_on_request(sparse: blockffn.Llama, enabled: bool) -> None:
+    """A context that nobody asks collects nothing; logits are the same."""
+    low, rows = library.load(), []
+    ctx = low.llama_init_from_model(sparse.model, low.llama_context_default_params())
+    counts = np.zeros(sparse.n_moe_layers, np.int64)
+    pointer = counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
+    active = (ctypes.c_uint8 * sparse.n_experts)()
+    for now in (enabled, not enabled, enabled):
+        _capi.function("blockffn_stats_enable")(ctx, now)
+        low.llama_memory_clear(low.llama_get_memory(ctx), True)
+        assert low.llama_decode(ctx, low.llama_batch_get_one((ctypes.c_int32 * 3)(5, 6, 7), 3)) == 0
+        rows.append(np.ctypeslib.as_array(low.llama_get_logits_ith(ctx, -1), (sparse.n_vocab(),)).copy())
+        assert _capi.function("blockffn_active_experts")(ctx, 0, 2, active) == now
+    _capi.function("blockffn_stats")(ctx, None, pointer, None, None)
+    low.llama_free(ctx)
+    assert counts[0] == (6 if enabled else 3)
+    assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
 
 
 def test_union_stats_count_what_active_experts_sees(sparse: blockffn.Llama) -> None:

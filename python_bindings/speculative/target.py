@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from blockffn import library, logs
+from blockffn import _capi, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.speculative.drafter import Drafter
 
@@ -62,9 +62,8 @@ def union_counter(llm: Any) -> Callable[[], float] | None:
     layers = getattr(llm, "n_moe_layers", 0)
     if not layers:
         return None
-    from blockffn import _capi
-
     read, ctx = _capi.function("blockffn_stats"), llm._ctx.ctx
+    _capi.function("blockffn_stats_enable")(ctx, True)
     arrays = [np.zeros(layers, dtype=np.int64) for _ in range(4)]  # evaluations, tokens, pairs, union
     pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
 
