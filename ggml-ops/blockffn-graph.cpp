@@ -192,13 +192,12 @@ static bool has_lora(const llama_adapter_loras & loras, const llama_layer & laye
     return false;
 }
 
-// Whether this layer runs through the ops: not if the file or the user asks for the dense graph, not while a callback
-// watches the matrix products (imatrix), not with an adapter, whose products only the dense graph has, and only where
-// the device of the weights knows the op.
+// Whether this layer runs through the ops: not if the file or the user asks for the dense graph (as llama-imatrix does,
+// which watches matrix products), not with an adapter, whose products only the dense graph has, and only where the
+// device of the weights knows the op.
 bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_tensor * cur) {
     const auto & bf = hparams.blockffn;
-    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || cparams.cb_eval ||
-        has_lora(*loras, layer)) {
+    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || has_lora(*loras, layer)) {
         return false;
     }
     ggml_tensor *         scores = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_expert, cur->ne[1]);
