@@ -220,6 +220,19 @@ ggml_tensor * llama_model_blockffn::graph::build_union(const llama_layer & layer
                           bf.activation_eps);
 }
 
+// The products between x and t, with those of an adapter: a logit near 0 that changes its sign with the number of tokens
+// in the batch would add or drop an expert.
+static void hint_batch_invariant(ggml_tensor * t, const ggml_tensor * x) {
+    if (!t || t == x) {
+        return;
+    }
+    if (t->op == GGML_OP_MUL_MAT) {
+        ggml_mul_mat_set_hint(t, GGML_HINT_BATCH_INVARIANT);
+    }
+    hint_batch_invariant(t->src[0], x);
+    hint_batch_invariant(t->src[1], x);
+}
+
 // Scores of all experts (BlockFFN eq. 3 to 5, DECO eq. 4 to 7).
 llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(const llama_layer & layer,
                                                                                ggml_tensor *       cur,
@@ -232,6 +245,9 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
         product = product->src[0];
     }
     ggml_prec_set_acc(product, GGML_PREC_F32);
+    if (!bf.dense_layout && !bf.ffn_dense) {
+        hint_batch_invariant(logits, cur);
+    }
     cb(logits, "ffn_router_logits", il);
 
     if (!sparse) {

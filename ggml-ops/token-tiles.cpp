@@ -24,14 +24,18 @@ struct tiles_plan {
 };
 
 bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
-    if (dst->op != GGML_OP_MUL_MAT || ggml_get_op_params_i32(dst, 1) != GGML_HINT_TOKEN_TILES) {
+    const int32_t hint = ggml_get_op_params_i32(dst, 1);
+    if (dst->op != GGML_OP_MUL_MAT || (hint != GGML_HINT_TOKEN_TILES && hint != GGML_HINT_BATCH_INVARIANT)) {
         return false;
     }
     const ggml_tensor * w = dst->src[0];
     const ggml_tensor * x = dst->src[1];
     const bool plain      = x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && w->ne[2] == 1 && w->ne[3] == 1 &&
                        w->nb[1] == ggml_row_size(w->type, w->ne[0]);
-    if (!plain || x->ne[2] != 1 || x->ne[3] != 1 || !union_weight_get(w, &p.w) || !p.w.kernel->mul_mat) {
+    if (!plain || x->ne[2] != 1 || x->ne[3] != 1 || !union_weight_get(w, &p.w)) {
+        return false;
+    }
+    if (hint == GGML_HINT_TOKEN_TILES && !p.w.kernel->mul_mat) {
         return false;
     }
     const int64_t by_tasks = (p.w.n_rows + 4 * n_tasks - 1) / (4 * n_tasks);
