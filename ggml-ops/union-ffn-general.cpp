@@ -94,7 +94,7 @@ void gemv_rows(const union_weight & w,
 const union_kernel vec_dot_kernel = { "vec_dot",       1, 1, 8, 0, general_act_size, general_act_pack, vec_dot_rows,
                                       union_copy_lanes };
 const union_kernel gemv_kernel    = {
-    "gemv", 1, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, union_copy_lanes
+    "gemv", 16, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, union_copy_lanes
 };
 
 const union_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows) {

@@ -204,13 +204,13 @@ void float_dot(const union_weight & w,
 }
 
 const union_kernel f32_kernel = {
-    "f32", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>, union_copy_lanes
+    "f32", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>, union_copy_lanes
 };
 const union_kernel f16_kernel = {
-    "f16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, union_copy_lanes
+    "f16", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, union_copy_lanes
 };
 const union_kernel bf16_kernel = {
-    "bf16", 1, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, union_copy_lanes
+    "bf16", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, union_copy_lanes
 };
 
 }  // namespace
