@@ -74,7 +74,7 @@ class Cache:
         return bytes(data[: self.low.llama_state_seq_get_data(self.ctx, data, size, sequence)])
 
     def converse(self, tree: bool, late: bool = False) -> None:
-        """Evaluate both texts in turns; `tree`: two branches after A, one of them the path; `late`: B's turn inside it."""
+        """Evaluate both texts in turns; `tree`: with two branches after A; `late`: B's second turn inside it."""
         self.decode(TEXT_A[:3], 0, A, BRANCH_1, BRANCH_2)
         self.decode(TEXT_B[:4], 0, B)
         self.decode(TEXT_A[3:], 3, A, BRANCH_1, BRANCH_2)

@@ -8,6 +8,7 @@ split between threads for single tokens only.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from checkpoints import write_checkpoint
 from tiny_llama import N_VOCAB, write_llama
 
 import blockffn
-from blockffn import library
+from blockffn import BlockffnError, _capi, library, logs
 from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.policy import Plan
 
@@ -88,3 +89,28 @@ def test_logits_do_not_depend_on_the_batch(kind: str, tmp_path: Path) -> None:
         llm.close()
     assert differs[True] == [0, 0, 0, 0]
     assert sum(differs[False]) > 0 or kind not in ("F16", "Q4_K")
+
+
+def test_another_backend_refuses_exact_mode(stock_model: Path) -> None:
+    """A program that registers an accelerator, as BLAS or a GPU would be: only the CPU alone promises exact mode."""
+    result = subprocess.run(
+        [library.program("test-exact-mode"), stock_model], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and re.search(r"[1-9]\d* checks, 0 failed", result.stdout), result.stdout
+
+
+def test_refusal_names_the_reason_and_changes_nothing(stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = blockffn.Llama(stock_model, n_ctx=64, n_threads=1)
+    text = llm.create_completion("a", max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    real = _capi.function
+
+    def refuse(_ctx: int, _exact: bool) -> bool:
+        logs._receive(logs.ERROR, b"set_batch_invariant: results of backend BLAS may depend on the batch\n", None)
+        return False
+
+    monkeypatch.setattr(_capi, "function", lambda name: refuse if name == "llama_set_batch_invariant" else real(name))
+    with pytest.raises(BlockffnError, match="exact mode is not possible here: results of backend BLAS may depend"):
+        llm.speculate(None, exact=True)
+    assert not llm.exact
+    assert llm.create_completion("a", max_tokens=4, temperature=0.0)["choices"][0]["text"] == text
+    llm.close()

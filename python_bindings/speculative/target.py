@@ -123,12 +123,14 @@ def replace_context(llm: Any, n_seq: int, exact: bool) -> None:
 
 
 def set_exact(ctx: int, exact: bool) -> None:
-    """Choose kernels whose result for a token does not depend on the other tokens of the batch (see patches/)."""
-    native = getattr(library.load()._lib, "llama_set_batch_invariant", None)
-    if native is None:
+    """Choose kernels whose result for a token does not depend on the other tokens of the batch (see patches/).
+
+    BlockffnError where the backends of this build, or the place of the weights, cannot promise it.
+    """
+    with logs.collect() as lines:
+        done = _capi.function("llama_set_batch_invariant")(ctx, exact)
+    if not done:
         raise BlockffnError(
-            f"{library.directory() / library.LIBRARY}: function llama_set_batch_invariant is missing, exact mode needs "
-            "it: this is not the library of the patched tree, or an old one; run `make setup`"
+            f"exact mode is not possible here: {logs.reason(lines) or 'llama.cpp refuses it'}; leave out exact=True, "
+            "or use a build for CPUs alone, as `make setup` makes it"
         )
-    native.argtypes, native.restype = [ctypes.c_void_p, ctypes.c_bool], None
-    native(ctx, exact)
