@@ -15,7 +15,7 @@ from blockffn.training import data
 from blockffn.training.config import read_config
 from blockffn.training.eagle import EagleReference, EagleTrainer, HeadConfig, read_eagle_config
 from blockffn.training.model import ReferenceModel
-from blockffn.training.trainer import Trainer
+from blockffn.training.train import Trainer
 
 TARGET = """
 [run]

@@ -21,7 +21,7 @@ from blockffn.training.config import OptimizerConfig, read_config
 from blockffn.training.data import Windows
 from blockffn.training.model import Decoder, ReferenceModel
 from blockffn.training.optim import clip_gradients, orthogonalise, wsd
-from blockffn.training.trainer import Trainer
+from blockffn.training.train import Trainer
 
 BLOCKFFN = """
 [run]
@@ -393,7 +393,7 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
 
 
 def test_cli_trains_and_exports(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr("blockffn.training.trainer.prepare", lambda *_: text)
+    monkeypatch.setattr("blockffn.training.train.prepare", lambda *_: text)
     config_of(tmp_path)
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
-    from blockffn.training.loop import TrainingLoop
+    from blockffn.training.checkpoint import TrainingLoop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def _trainer(path: Path, overrides: dict[str, dict[str, object]]) -> TrainingLoo
         from blockffn.training.eagle import EagleTrainer, read_eagle_config
 
         return EagleTrainer(read_eagle_config(path, overrides))
-    from blockffn.training.trainer import Trainer
+    from blockffn.training.train import Trainer
 
     return Trainer(read_config(path, overrides))
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 from blockffn.convert.model import ModelConfig
 from blockffn.convert.save import save_tensors, write_json
 from blockffn.errors import BlockffnError
+from blockffn.training.checkpoint import TrainingLoop
 from blockffn.training.config import (
     CorpusConfig,
     OptimizerConfig,
@@ -35,7 +36,6 @@ from blockffn.training.config import (
     read_tables,
 )
 from blockffn.training.data import Corpus, Windows, prepare
-from blockffn.training.loop import TrainingLoop
 from blockffn.training.model import DenseFfn, GqaAttention, ReferenceModel, parameter, rms_norm
 
 

@@ -1,6 +1,6 @@
 """Train a decoder: language-model loss plus the router objectives of BlockFFN or DECO.
 
-    >>> from blockffn.training.trainer import Trainer
+    >>> from blockffn.training.train import Trainer
     >>> trainer = Trainer(read_config(Path("examples/tiny-blockffn/train.toml")))
     >>> trainer.train()      # goes on where the last run stopped; Ctrl-C saves and returns
     >>> trainer.export(Path("examples/tiny-blockffn"))
@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from blockffn.convert.save import save_checkpoint
 from blockffn.training import controllers, objectives
+from blockffn.training.checkpoint import TrainingLoop
 from blockffn.training.config import TrainConfig
 from blockffn.training.data import Corpus, Windows, document_ids, prepare
-from blockffn.training.loop import TrainingLoop
 from blockffn.training.model import Decoder
 
 DECO_ROUTER_SCALE = 0.1  # start of the learnable expert-wise scale; BlockFFN's norm weight starts at 1
