@@ -179,16 +179,16 @@ def test_loss_is_smooth_l1_plus_weighted_cross_entropy(place, tmp_path):
 
 def test_resumed_head_equals_uninterrupted_head(place, tmp_path):
     whole, first = trainer_of(place, tmp_path), trainer_of(place, tmp_path)
-    for _ in range(6):
-        whole.train_step()
-    for _ in range(3):
-        first.train_step()
-    first.folder.mkdir()
-    first.save()
+    for step in range(6):
+        whole.train_step(step)
+    for step in range(3):
+        first.train_step(step)
+    first.run.step = 3
+    first.run.save()
     second = trainer_of(place, tmp_path)
-    second.resume()
-    for _ in range(3):
-        second.train_step()
+    second.run.resume()
+    for step in range(second.run.step, 6):
+        second.train_step(step)
     for (name, a), (_, b) in zip(whole.head.named_parameters(), second.head.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

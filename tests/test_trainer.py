@@ -6,16 +6,19 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from blockffn.convert.save import save_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
+from blockffn.sparsity import of_activity
 from blockffn.training import cli, data, objectives
 from blockffn.training.config import OptimizerConfig, read_config
 from blockffn.training.data import Windows
@@ -102,6 +105,13 @@ def config_of(folder: Path, body: str = BLOCKFFN, **overrides):
     path = folder / "train.toml"
     path.write_text(body.replace("OUT", str(folder / "run")), encoding="utf-8")
     return read_config(path, overrides)
+
+
+def advance(trainer, n):
+    """Take `n` steps without log or checkpoint."""
+    for _ in range(n):
+        trainer.train_step(trainer.run.step)
+        trainer.run.step += 1
 
 
 def weights(trainer):
@@ -207,10 +217,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
     whole = Trainer(config_of(tmp_path / "a"), text)
     whole.train()
     first = Trainer(config_of(tmp_path / "b"), text)
-    first.folder.mkdir()
-    for _ in range(6):
-        first.train_step()
-    first.save()
+    advance(first, 6)
+    first.run.save()
     second = Trainer(config_of(tmp_path / "b"), text)
     second.train()
     for name, value in weights(whole).items():
@@ -221,12 +229,12 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
 def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
     config = config_of(tmp_path)
     trainer = Trainer(config, text)
-    step = trainer.train_step
+    train_step = trainer.train_step
 
-    def interrupted():
-        if trainer.step == 5:
+    def interrupted(step):
+        if step == 5:
             signal.raise_signal(signal.SIGINT)
-        return step()
+        return train_step(step)
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert not trainer.train()
@@ -236,13 +244,13 @@ def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert {"loss", "locality", "chunk", "active", "gradient", "router_gradient", "tokens_per_second"} <= set(rows[0])
-    assert {"validation", "tls", "cls_8"} <= set(rows[1])
+    assert {"validation", "bits_per_byte", "tls", "cls_8", "dead_share", "always_on_share", "live_tls"} <= set(rows[1])
 
 
 def test_micro_batches_do_not_change_the_step(tmp_path, text):
     one = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 4}), text)
     two = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 1}), text)
-    a, b = one.train_step(), two.train_step()
+    a, b = one.train_step(0), two.train_step(0)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert a["chunk"] == pytest.approx(b["chunk"], rel=1e-5)
 
@@ -258,7 +266,7 @@ def test_router_terms_are_averaged_over_all_layers(tmp_path, text):
     assert figures["entropy"] == pytest.approx(float(own) / 2, rel=1e-5)
     assert total.item() == pytest.approx(figures["loss"] + 1e-3 * float(own) / 2, rel=1e-6)
     assert trainer.entropy.coefficient == 1e-3
-    trainer.adapt(figures)
+    figures = trainer.train_step(0)
     assert figures["active"] > 0.2 and trainer.entropy.coefficient == pytest.approx(1.1e-3)  # share of the MoE layers
 
 
@@ -272,8 +280,7 @@ def test_bias_of_an_idle_expert_does_not_wind_up(tmp_path, text, method, bound):
         ),
         text,
     )  # fmt: skip
-    for _ in range(60):
-        trainer.train_step()
+    advance(trainer, 60)
     bias = trainer.decoder.expert_layers()[0].expert_bias
     assert 0.05 < float(bias.mean()) and float(bias.max()) < bound  # 60 steps of 0.05 would be 3
 
@@ -283,20 +290,19 @@ def test_bfloat16_autocast_keeps_router_in_float32(tmp_path, text):
     with torch.autocast("cpu", torch.bfloat16):
         _, routers = trainer.decoder(torch.ones(1, 4, dtype=torch.int64))
     assert routers[0].dtype == torch.float32
-    assert np.isfinite(trainer.train_step()["loss"])
+    assert np.isfinite(trainer.train_step(0)["loss"])
 
 
 def test_refuses_foreign_and_damaged_checkpoints(tmp_path, text):
     trainer = Trainer(config_of(tmp_path), text)
-    trainer.folder.mkdir()
-    trainer.save()
+    trainer.run.save()
     with pytest.raises(BlockffnError, match="another model, corpus, seed"):
-        Trainer(config_of(tmp_path, run={"seed": 6}), text).resume()
-    Trainer(config_of(tmp_path, optimizer={"steps": 20}), text).resume()  # a longer run may go on
-    path = trainer.folder / "checkpoint.pt"
+        Trainer(config_of(tmp_path, run={"seed": 6}), text).run.resume()
+    Trainer(config_of(tmp_path, optimizer={"steps": 20}), text).run.resume()  # a longer run may go on
+    path = trainer.run.folder / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BlockffnError, match="cannot be read"):
-        trainer.resume()
+        trainer.run.resume()
 
 
 BAD = {
@@ -349,6 +355,27 @@ def test_missing_key_bad_file_and_unknown_table(tmp_path):
         read_config(tmp_path / "absent.toml")
     with pytest.raises(BlockffnError, match="but family vanilla has none"):
         config_of(tmp_path, DENSE + "[objective]\nchunk = 0.1\n")
+
+
+def test_evaluation_states_what_eval_sparsity_states(tmp_path, text):
+    """The figures of blockffn.sparsity on the router's choices, dead experts too, and the loss per byte of text."""
+    trainer = Trainer(config_of(tmp_path), text)
+    with torch.no_grad():
+        trainer.decoder.expert_layers()[1].router[3] = 0.0  # never above 0
+    figures = trainer.evaluate(4)
+    windows = list(data.Windows(text.validation, 24, 0).in_order(4))
+    with torch.no_grad():
+        chosen = [torch.cat(trainer.decoder.active(trainer.decoder(w[:, :-1])[1])) for w in windows]
+    found = of_activity(torch.cat(chosen, dim=1).numpy(), window=24)
+    assert found.layer_dead[1] >= 1
+    for name in ("dead_share", "always_on_share", "live_tls"):
+        assert figures[name] == getattr(found, name)
+    assert (figures["tls"], figures["cls_8"]) == (found.layer_tls.tolist(), found.layer_cls[8].tolist())
+    assert "cls_32" not in figures and figures["live_cls_8"] == found.live_cls[8]
+    assert (figures["dead"], figures["sets"]) == (found.layer_dead.tolist(), found.layer_sets.tolist())
+    pieces = SentencePieceProcessor(model_file=str(text.tokenizer))
+    n_bytes = len(pieces.decode(text.validation[1 : 4 * 24 + 1].tolist()).encode())
+    assert figures["bits_per_byte"] == pytest.approx(figures["validation"] * 96 / math.log(2) / n_bytes, rel=1e-6)
 
 
 def test_bad_device_and_short_corpus(tmp_path, text):

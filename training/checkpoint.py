@@ -1,8 +1,10 @@
-"""The loop that every kind of training shares: schedule, accumulation, log, atomic checkpoints, resuming, signals.
+"""One run on disk and on the terminal: where it stands, checkpoint.pt, log.jsonl, the progress line, stop signals.
 
-A subclass builds its module and says what a batch costs (`loss`) and how good the module is (`evaluate`). The run
-folder holds checkpoint.pt, log.jsonl and, at the end, curve.png. What a step sees depends on seed and step alone, so
-a resumed run repeats the uninterrupted one to the bit.
+    >>> run = Run(config.run, config.optimizer, identity, module, optimizers, {"factor": factor})
+    >>> for step in run.steps():          # resumes; ends after the last step, or at Ctrl-C
+    ...     run.done(train_step(step), evaluate)      # counts it; evaluates, logs and saves when it is time
+
+What a step sees depends on seed and step number alone, so that a resumed run repeats the uninterrupted one to the bit.
 """
 
 from __future__ import annotations
@@ -15,136 +17,97 @@ import os
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from blockffn.errors import BlockffnError
 from blockffn.training.config import OptimizerConfig, RunConfig
-from blockffn.training.data import Corpus, Windows
-from blockffn.training.optim import clip_gradients, make_optimizers, set_learning_rate, wsd
 
 CHECKPOINT, LOG, CURVE = "checkpoint.pt", "log.jsonl", "curve.png"
 SHOWN = ("loss", "validation", "active", "tokens_per_second")  # of a step's figures, in the progress line
 SCHEDULE = ("steps", "decay_steps", "final_ratio", "micro_sequences")  # may change when a run is resumed
 
 
-class TrainingLoop(ABC):
-    """One run of `module` over the training split of `corpus`."""
+class Adaptive(Protocol):
+    """What moves between steps and has to survive a stop."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+
+
+def run_identity(run: RunConfig, optimizer: OptimizerConfig, shape: Sequence[object], fingerprint: str) -> str:
+    """Hash of all that shapes the run's result; the schedule's length may change on resume and is left out.
+
+    shape: the model in JSON types; fingerprint: the corpus. The objectives may be changed on resume.
+    """
+    kept = {k: v for k, v in dataclasses.asdict(optimizer).items() if k not in SCHEDULE}
+    return hashlib.sha256(json.dumps([kept, list(shape), run.seed, run.precision, fingerprint]).encode()).hexdigest()
+
+
+class Run:
+    """The state of a run that outlives the process, and what the user sees of it."""
 
     def __init__(
-        self, run: RunConfig, optimizer: OptimizerConfig, corpus: Corpus, module: nn.Module,
-        named: Iterable[tuple[str, nn.Parameter]],
+        self, run: RunConfig, optimizer: OptimizerConfig, identity: str, module: nn.Module,
+        optimizers: list[torch.optim.Optimizer], adaptive: Mapping[str, Adaptive],
     ) -> None:  # fmt: skip
-        if run.threads:
-            torch.set_num_threads(run.threads)
-        self.run, self.optimizer, self.corpus = run, optimizer, corpus
-        self.device = find_device(run.device)
+        self.config, self.optimizer, self.identity = run, optimizer, identity
+        self.module, self.optimizers, self.adaptive = module, optimizers, adaptive
         self.folder = Path(run.out)
-        self.windows = Windows(corpus.train, optimizer.sequence_length, run.seed)
-        self.module, self.named = module.to(self.device), list(named)
-        self.optimizers = make_optimizers(self.named, optimizer)
-        self.random = torch.Generator()  # seeded anew in each step, from seed and step alone
-        self.step = 0
+        self.step = 0  # steps that are done
         self.seconds = 0.0  # spent in training steps, over all sittings
+        self._began = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        self._stopped: list[int] = []
 
-    @abstractmethod
-    def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """tokens [B, T + 1] -> the loss to minimise and its parts, ``loss`` among them."""
+    @property
+    def complete(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.optimizer.steps
 
-    @abstractmethod
-    def evaluate(self, sequences: int = 0) -> dict[str, Any]:
-        """Figures over the first `sequences` validation windows (0: all of them), ``validation`` among them."""
-
-    @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the trained module as a checkpoint folder that ``blockffn convert`` reads."""
-
-    @abstractmethod
-    def shaping(self) -> list[object]:
-        """What shapes the result beside optimizer, seed, precision and corpus, in JSON types."""
-
-    @abstractmethod
-    def adapt(self, figures: dict[str, float]) -> None:
-        """Called after each step with its figures, to move adaptive factors."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """What `adapt` has changed, for the checkpoint."""
-
-    @abstractmethod
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of an earlier sitting."""
-
-    def train(self) -> bool:
-        """Run to the last step, or until Ctrl-C. Returns whether the run is complete."""
+    def steps(self) -> Iterator[int]:
+        """Resume, then yield the number of every step that is left; Ctrl-C and SIGTERM end it after the step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
-        run, steps = self.run, self.optimizer.steps
-        with _stop_signals() as stopped, _progress(steps, self.step) as bar:
-            while self.step < steps and not stopped:
-                figures = self.train_step()
-                bar.update()
-                last = self.step == steps
-                if last or self.step % run.eval_every == 0:
-                    figures |= self.evaluate(run.eval_sequences)
-                if last or self.step % run.log_every == 0 or "validation" in figures:
-                    self._log(figures, bar)
-                if last or stopped or self.step % run.save_every == 0:
-                    self.save()
-        return self.step >= steps
+        with _stop_signals() as self._stopped, _progress(self.optimizer.steps, self.step) as self._bar:
+            while not self.complete and not self._stopped:
+                self._began = time.perf_counter()
+                yield self.step
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimizer step over batch_sequences sequences; returns its figures."""
-        began, o = time.perf_counter(), self.optimizer
-        rate = wsd(self.step, o)
-        self.random.manual_seed(self.run.seed * 1_000_003 + self.step)
-        set_learning_rate(self.optimizers, rate)
-        totals: dict[str, Any] = {}
-        batch = self.windows.batch(self.step * o.batch_sequences, o.batch_sequences)  # [B, T + 1]
-        parts = batch.split(o.micro_sequences)
-        for part in parts:
-            loss, figures = self.loss(part.to(self.device))
-            (loss / len(parts)).backward()
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value / len(parts)
-        norms = clip_gradients(self.named, o.clip)
-        if not all(np.isfinite(norm) for norm in norms.values()):
-            raise BlockffnError(
-                f"step {self.step}: the gradient is not finite; lower learning_rate or raise warmup_steps"
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        totals |= norms
-        self.adapt(totals)
-        self.step += 1
-        spent = time.perf_counter() - began
-        self.seconds += spent
-        return totals | {"rate": rate, "tokens_per_second": o.batch_sequences * o.sequence_length / spent}
-
-    def identity(self) -> str:
-        """Hash of all that shapes the run's result, the schedule's length apart: that may change on resume."""
-        optimizer = {k: v for k, v in dataclasses.asdict(self.optimizer).items() if k not in SCHEDULE}
-        parts = [optimizer, self.shaping(), self.run.seed, self.run.precision, self.corpus.fingerprint]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    def done(self, figures: dict[str, Any], evaluate: Callable[[int], dict[str, Any]]) -> None:
+        """Count the step that `steps` yielded last, with its figures; evaluate, log and save when it is time."""
+        run, o = self.config, self.optimizer
+        seconds = time.perf_counter() - self._began
+        self.step, self.seconds = self.step + 1, self.seconds + seconds
+        figures = figures | {"tokens_per_second": o.batch_sequences * o.sequence_length / seconds}
+        if self.complete or self.step % run.eval_every == 0:
+            figures |= evaluate(run.eval_sequences)
+        if self._bar is not None:
+            self._bar.update()
+        if self.complete or self.step % run.log_every == 0 or "validation" in figures:
+            self._log(figures)
+        if self.complete or self._stopped or self.step % run.save_every == 0:
+            self.save()
 
     def save(self) -> None:
         """Write checkpoint.pt whole or not at all."""
         state = {
-            "identity": self.identity(),
+            "identity": self.identity,
             "step": self.step,
             "seconds": self.seconds,
             "module": self.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "adaptive": self.state(),
+            "adaptive": {name: part.state() for name, part in self.adaptive.items()},
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / (CHECKPOINT + ".partial")
         torch.save(state, partial)
         os.replace(partial, self.folder / CHECKPOINT)
@@ -154,11 +117,12 @@ class TrainingLoop(ABC):
         path = self.folder / CHECKPOINT
         if not path.is_file():
             return
+        device = next(self.module.parameters()).device
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
         except Exception as err:  # torch raises a handful of kinds for a damaged file
             raise BlockffnError(f"{path}: cannot be read ({err}); remove it to start again") from err
-        if state["identity"] != self.identity():
+        if state["identity"] != self.identity:
             raise BlockffnError(
                 f"{path}: belongs to a run with another model, corpus, seed or optimizer; "
                 "remove it to start again, or give another folder in [run] out"
@@ -166,25 +130,22 @@ class TrainingLoop(ABC):
         self.module.load_state_dict(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.set_state(state["adaptive"])
+        for name, part in self.adaptive.items():
+            part.load(state["adaptive"][name])
         self.step, self.seconds = state["step"], state["seconds"]
         _cut_log(self.folder / LOG, self.step)
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 forward passes where the run asks for them."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bfloat16")
-
-    def _log(self, figures: dict[str, Any], bar: tqdm[Any]) -> None:
+    def _log(self, figures: dict[str, Any]) -> None:
         o = self.optimizer
         tokens = self.step * o.batch_sequences * o.sequence_length
         row = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 1), **_rounded(figures)}
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         shown = {k: row[k] for k in SHOWN if k in row}
-        if bar.disable:
+        if self._bar is None or self._bar.disable:
             print(f"step {self.step}/{o.steps}", *(f"{k} {v}" for k, v in shown.items()), flush=True)
         else:
-            bar.set_postfix(shown)
+            self._bar.set_postfix(shown)
 
 
 def find_device(name: str) -> torch.device:

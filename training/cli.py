@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
-    from blockffn.training.checkpoint import TrainingLoop
+    from blockffn.training.eagle import EagleTrainer
+    from blockffn.training.train import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +35,22 @@ def run(args: argparse.Namespace) -> int:
     """Carry out ``blockffn train``; returns the exit code. Raises BlockffnError for anything wrong with the input."""
     trainer = _trainer(args.config, _overrides(args.set))
     if args.eval_only:
-        trainer.resume()
+        trainer.run.resume()
     elif not trainer.train():
-        print(f"stopped after step {trainer.step}; the same command goes on from there")
+        print(f"stopped after step {trainer.run.step}; the same command goes on from there")
         return 0
-    figures = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.evaluate()}
+    figures = {"steps": trainer.run.step, "seconds": round(trainer.run.seconds), **trainer.evaluate()}
     if args.export is not None:
         trainer.export(args.export)
+    from blockffn.training.checkpoint import CURVE, LOG
     from blockffn.training.plots import plot_curve
 
-    plot_curve({args.config.resolve().parent.name: trainer.folder / "log.jsonl"}, trainer.folder / "curve.png")
+    plot_curve({args.config.resolve().parent.name: trainer.run.folder / LOG}, trainer.run.folder / CURVE)
     print(json.dumps(figures) if args.json else summary(figures))
     return 0
 
 
-def _trainer(path: Path, overrides: dict[str, dict[str, object]]) -> TrainingLoop:
+def _trainer(path: Path, overrides: dict[str, dict[str, object]]) -> Trainer | EagleTrainer:
     """The trainer that the file asks for: of a draft head where it has a table [eagle], else of a model."""
     from blockffn.training.config import read_config, read_tables
 

@@ -12,6 +12,7 @@ loss-free bias).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,13 @@ class AdaptiveFactor:
             self.goal = min(self.goal * ratio, self.start * self.max_factor)
         self.previous = mean
 
-    def state(self) -> dict[str, object]:
-        """Everything needed to go on: ``AdaptiveFactor(**state)``."""
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on."""
         return asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        vars(self).update(state)
 
 
 @dataclass
@@ -96,9 +101,13 @@ class EntropyController:
         else:
             self.coefficient = max(self.coefficient / self.multiplier, self.start)
 
-    def state(self) -> dict[str, object]:
-        """Everything needed to go on: ``EntropyController(**state)``."""
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on."""
         return asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        vars(self).update(state)
 
 
 @torch.no_grad()

@@ -90,6 +90,18 @@ def encode_documents(tokenizer: Path, texts: list[str]) -> NDArray[np.uint16]:
     return np.concatenate([np.asarray(stream, dtype=np.uint16) for stream in streams])  # [n_tokens]
 
 
+def bytes_of_pieces(tokenizer: Path) -> NDArray[np.int64]:
+    """Bytes of text that each token stands for, 0 for control tokens: int64 [V]."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+
+    def n_bytes(i: int) -> int:
+        if pieces.is_control(i) or pieces.is_unknown(i):
+            return 0
+        return 1 if pieces.is_byte(i) else len(pieces.id_to_piece(i).replace("\u2581", " ").encode())
+
+    return np.array([n_bytes(i) for i in range(pieces.get_piece_size())], dtype=np.int64)
+
+
 def document_ids(tokens: NDArray[np.integer], bos_id: int = BOS_ID) -> NDArray[np.int64]:
     """Number of the document that each token belongs to, counted along the last axis: int64, shape of `tokens`.
 

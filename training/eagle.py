@@ -25,7 +25,7 @@ from torch.nn import functional
 from blockffn.convert.model import ModelConfig
 from blockffn.convert.save import save_tensors, write_json
 from blockffn.errors import BlockffnError
-from blockffn.training.checkpoint import TrainingLoop
+from blockffn.training.checkpoint import Run, run_identity
 from blockffn.training.config import (
     CorpusConfig,
     OptimizerConfig,
@@ -37,6 +37,8 @@ from blockffn.training.config import (
 )
 from blockffn.training.data import Corpus, Windows, prepare
 from blockffn.training.model import DenseFfn, GqaAttention, ReferenceModel, parameter, rms_norm
+from blockffn.training.optim import make_optimizers
+from blockffn.training.train import open_device, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -203,27 +205,47 @@ class EagleReference:
 SHAPE_KEYS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-class EagleTrainer(TrainingLoop):
+class EagleTrainer:
     """Trains a head; the target's weights do not move."""
 
     def __init__(self, config: EagleConfig, corpus: Corpus | None = None) -> None:
-        self.config, o = config, config.optimizer
+        self.config, run, o = config, config.run, config.optimizer
+        self.device = open_device(run)
         reference = ReferenceModel.from_checkpoint(config.head.target)
         tokenizer = Path(config.corpus.tokenizer or Path(config.head.target) / "tokenizer.model")
-        corpus = corpus or prepare(Path(config.corpus.cache), config.corpus.vocab_size, tokenizer)
+        self.corpus = corpus or prepare(Path(config.corpus.cache), config.corpus.vocab_size, tokenizer)
         found, wanted = config.corpus.vocab_size, reference.config.n_vocab
         if found != wanted:
             raise BlockffnError(f"[corpus] vocab_size: expected {wanted} as the target has, found {found}")
+        self.windows = Windows(self.corpus.train, o.sequence_length, run.seed)
         self.head = EagleHead(reference.config, config.head)
-        self.head.initialise(o.init_std, torch.Generator().manual_seed(config.run.seed))
-        super().__init__(config.run, o, corpus, self.head, self.head.named_parameters())
+        self.head.initialise(o.init_std, torch.Generator().manual_seed(run.seed))
+        self.head.to(self.device)
         self.target = reference.decoder.to(self.device)
+        self.named = list(self.head.named_parameters())
+        self.optimizers = make_optimizers(self.named, o)
+        self.random = torch.Generator()  # of the noise; seeded anew in each step, from seed and step alone
+        total = sum(float(p.double().sum()) for p in self.target.parameters())
+        shape = [dataclasses.asdict(config.head), repr(total)]  # the head, and the weights of the target
+        identity = run_identity(run, o, shape, self.corpus.fingerprint)
+        self.run = Run(run, o, identity, self.head, self.optimizers, {})
+
+    def train(self) -> bool:
+        """Run to the last step, or until Ctrl-C. Returns whether the run is complete."""
+        for step in self.run.steps():
+            self.run.done(self.train_step(step), self.evaluate)
+        return self.run.complete
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its figures."""
+        self.random.manual_seed(self.config.run.seed * 1_000_003 + step)
+        return optimizer_step(step, self.loss, self.windows, self.named, self.optimizers, self.config.optimizer)
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
         """tokens [B, T + 1] -> smooth L1 + token_weight * cross-entropy over tokens 1..T-1, and the parts."""
-        c = self.config.head
+        c, tokens = self.config.head, tokens.to(self.device)
         noise = torch.rand(tokens.shape[0], tokens.shape[1] - 2, self.head.config.n_embd, generator=self.random)
-        with self.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
             guess, truth = self._guess(tokens[:, :-1], (2 * noise.to(tokens.device) - 1) * c.noise)
             features = functional.smooth_l1_loss(guess.float(), truth.float())
             wanted = functional.softmax(self.target.logits(truth).float(), dim=-1)  # [B, T-1, V]
@@ -243,7 +265,7 @@ class EagleTrainer(TrainingLoop):
     def evaluate(self, sequences: int = 0) -> dict[str, Any]:
         """Both losses without noise, and how often head and target agree on the next token (``agreement``)."""
         losses, features, agree = [], [], []
-        for window in Windows(self.corpus.validation, self.optimizer.sequence_length, 0).in_order(sequences):
+        for window in Windows(self.corpus.validation, self.config.optimizer.sequence_length, 0).in_order(sequences):
             guess, truth = self._guess(window[:, :-1].to(self.device), 0.0)
             wanted, given = self.target.logits(truth), self.target.logits(guess)  # [1, T-1, V]
             features.append(functional.smooth_l1_loss(guess, truth).item())
@@ -261,18 +283,3 @@ class EagleTrainer(TrainingLoop):
         shape = {key: getattr(c, key) for key in SHAPE_KEYS}
         sizes = {"hidden_size": target.n_embd, "head_dim": self.head.config.head_dim, "vocab_size": target.n_vocab}
         write_json(folder / "config.json", {**shape, **sizes, "hidden_act": "silu", "torch_dtype": "bfloat16"})
-
-    def shaping(self) -> list[object]:
-        """The head, and the weights of the target."""
-        total = sum(float(p.double().sum()) for p in self.target.parameters())
-        return [dataclasses.asdict(self.config.head), repr(total)]
-
-    def adapt(self, figures: dict[str, float]) -> None:
-        """Nothing adapts here."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing adapts here."""
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Nothing adapts here."""

@@ -1,4 +1,4 @@
-"""What the trainer adds to the language-model loss, and the sparsity figures it reports.
+"""What the trainer adds to the language-model loss.
 
 All act on the router of each expert layer; the trainer averages over all layers, a dense one counting as 0. r [B, T, E]
 are router logits, a = relu(r), p = a / (sum_e a + 1e-5); `documents` [B, T] numbers the document of each token, -1 for
@@ -6,21 +6,18 @@ padding.
 Sources: BlockFFN arXiv 2507.08771 section 3.2 and appendix (locality, chunk sparsification), DECO arXiv
 2605.10933 (router entropy).
 
-    >>> from blockffn.training.objectives import token_sparsity
-    >>> token_sparsity(torch.tensor([[[True, False, False, False]]]))
-    0.75
+    >>> a = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])             # expert 0 serves both tokens
+    >>> round(chunk_sparsification(a, torch.zeros(1, 2), 2).item(), 3)
+    0.5
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 EPS = 1e-5
-CHUNK_SIZES = (2, 4, 8, 16, 32, 64)
 
 
 def shares(selected: Tensor) -> Tensor:
@@ -62,27 +59,3 @@ def router_entropy(selected: Tensor, documents: Tensor) -> Tensor:
     p, real = shares(selected), documents >= 0
     entropy = -(p * torch.log(p + EPS)).sum(dim=-1)  # [B, T]
     return (entropy * real).sum() / real.sum().clamp(min=1)
-
-
-def token_sparsity(active: Tensor) -> float:
-    """TLS of one layer: 1 - mean share of active experts; active bool [B, T, E]."""
-    return 1 - float(active.float().mean())
-
-
-def chunk_sparsity(active: Tensor, chunk: int) -> float:
-    """CLS_c of one layer: 1 - mean share of experts that some token of a chunk uses; active bool [B, T, E].
-
-    Chunks are disjoint; the incomplete last one is dropped. NaN when a sequence is shorter than a chunk.
-    """
-    b, t, e = active.shape
-    whole = active[:, : t - t % chunk].reshape(b, t // chunk, chunk, e)
-    return 1 - float(whole.any(dim=2).float().mean())
-
-
-def sparsity_report(active: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Per layer: ``tls`` and ``cls_2`` ... ``cls_64``, from active bool [B, T, E] of each layer."""
-    report = {"tls": [token_sparsity(layer) for layer in active]}
-    for chunk in CHUNK_SIZES:
-        if active and active[0].shape[1] >= chunk:
-            report[f"cls_{chunk}"] = [chunk_sparsity(layer, chunk) for layer in active]
-    return report
