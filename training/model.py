@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 
 import numpy as np
@@ -56,10 +57,17 @@ def activation(name: str, x: Tensor) -> Tensor:
     raise BlockffnError(f"activation: expected one of silu, relu, gelu, relu_squared, found {name!r}")
 
 
+@lru_cache(maxsize=4)
+def rope_of(config: ModelConfig, n_token: int, dim: int, dtype: torch.dtype, device: torch.device) -> Rope:
+    """The tables that every layer of a model shares, made once per length, type and device."""
+    return Rope(config, n_token, dim, dtype, device)
+
+
 class Rope:
     """Rotary positions 0..T-1 on two halves (NeoX order), base and linear scaling of the configuration."""
 
-    def __init__(self, config: ModelConfig, n_token: int, dim: int, like: Tensor) -> None:
+    @torch.no_grad()
+    def __init__(self, config: ModelConfig, n_token: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         if config.rope_scaling not in ("none", "linear", "dynamic"):
             raise BlockffnError(f"rope_scaling: expected none, linear or dynamic, found {config.rope_scaling!r}")
         if config.rope_scaling == "dynamic" and n_token > config.n_ctx_train:
@@ -67,11 +75,11 @@ class Rope:
                 f"rope_scaling dynamic: {n_token} tokens are more than the trained context of {config.n_ctx_train}, "
                 "where the scaling would begin to change all positions; use a shorter text"
             )
-        dtype = at_least_float32(like.dtype)
-        position = torch.arange(n_token, dtype=torch.float64, device=like.device)
+        dtype = at_least_float32(dtype)
+        position = torch.arange(n_token, dtype=torch.float64, device=device)
         if config.rope_scaling == "linear":
             position = position / config.rope_factor
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=like.device) / dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
         angle = torch.outer(position, config.rope_base**-exponent)  # [T, dim/2]
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -110,7 +118,7 @@ class GqaAttention(nn.Module):
         q = functional.linear(x, self.q).view(b, t, c.n_head, c.head_dim).transpose(1, 2)  # [B, H, T, dim]
         k = functional.linear(x, self.k).view(b, t, c.n_head_kv, c.head_dim).transpose(1, 2)  # [B, H_kv, T, dim]
         v = functional.linear(x, self.v).view(b, t, c.n_head_kv, c.head_dim).transpose(1, 2)  # [B, H_kv, T, dim]
-        rope, group = Rope(c, t, c.head_dim, x), c.n_head // c.n_head_kv
+        rope, group = rope_of(c, t, c.head_dim, x.dtype, x.device), c.n_head // c.n_head_kv
         k, v = rope(k).repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, T, dim]
         return functional.linear(causal_attention(rope(q), k, v), self.o)
 
@@ -146,7 +154,7 @@ class MlaAttention(nn.Module):
         kv = functional.linear(kv_latent, self.kv_b).view(b, t, n_head, -1).transpose(1, 2)  # [B, H, T, nope + v]
         k_nope, v = kv.split([m.nope_head_dim, m.v_head_dim], dim=-1)
 
-        rope = Rope(self.config, t, m.rope_head_dim, x)
+        rope = rope_of(self.config, t, m.rope_head_dim, x.dtype, x.device)
         k_rope = rope(k_rope[:, None]).expand(-1, n_head, -1, -1)  # [B, H, T, rope], one for all heads
         q = torch.cat((q_nope, rope(q_rope)), dim=-1)  # [B, H, T, nope + rope]
         k = torch.cat((k_nope, k_rope), dim=-1)  # [B, H, T, nope + rope]
