@@ -322,16 +322,16 @@ def test_files_are_on_the_disk_before_they_are_renamed(tmp_path: Path, monkeypat
     assert events == ["sync m.gguf", "rename m.gguf", "sync out"]
 
 
-@pytest.mark.parametrize("split", [0, 100_000])
-def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, split: int) -> None:
-    """Real writes that fail, also when the file is closed: exit code 1, one line, nothing left, the old file there."""
+@pytest.mark.parametrize(("split", "limit"), [(0, 50_000), (100_000, 50_000), (0, 10)])
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, split: int, limit: int) -> None:
+    """Real writes that fail, with 10 bytes once more when the file is closed: one line, nothing left, the old file."""
     source, target = write_checkpoint(tmp_path / "m"), tmp_path / "out"
     target.mkdir()
     (target / "m.gguf").write_text("old")
     script = (
         "import resource, sys\n"
         "from blockffn.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "sys.exit(main(['convert', sys.argv[1], '--outfile', sys.argv[2], *sys.argv[3:]]))\n"
     )
     command = [sys.executable, "-c", script, str(source), str(target / "m.gguf")]
