@@ -285,6 +285,14 @@ def test_refuses_dynamic_rope_beyond_trained_context():
         ReferenceModel(config, tensors).forward([1, 2, 3, 4])
 
 
+def test_tables_made_in_inference_mode_serve_training():
+    decoder = random_decoder(replace(CONFIG, rope_base=12345.0))
+    with torch.inference_mode():
+        decoder(torch.tensor([[1, 2, 3]]))
+    decoder(torch.tensor([[1, 2, 3]]))[0].sum().backward()
+    assert torch.isfinite(decoder.embed.grad).all()
+
+
 def test_names_missing_and_misshapen_tensors():
     tensors = dict(random_decoder(CONFIG).canonical())
     missing = {name: value for name, value in tensors.items() if name != "layers.1.kv_b"}

@@ -66,7 +66,7 @@ def rope_of(config: ModelConfig, n_token: int, dim: int, dtype: torch.dtype, dev
 class Rope:
     """Rotary positions 0..T-1 on two halves (NeoX order), base and linear scaling of the configuration."""
 
-    @torch.no_grad()
+    @torch.inference_mode(False)  # tables that are kept must also serve a training step
     def __init__(self, config: ModelConfig, n_token: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         if config.rope_scaling not in ("none", "linear", "dynamic"):
             raise BlockffnError(f"rope_scaling: expected none, linear or dynamic, found {config.rope_scaling!r}")
