@@ -48,8 +48,19 @@ def find() -> Path | None:
     return None
 
 
+def check_platform() -> None:
+    """Refuse systems whose libraries this module cannot name; BlockffnError says what is supported."""
+    if not sys.platform.startswith("linux"):
+        system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
+        raise BlockffnError(
+            f"running models on {system} is not supported: expected Linux (x86-64 is tested); on Windows use WSL 2, "
+            "on macOS a Linux container"
+        )
+
+
 def directory() -> Path:
-    """Return the directory of the native libraries; BlockffnError when there is none."""
+    """Return the directory of the native libraries; BlockffnError when there is none, or none for this system."""
+    check_platform()
     found = find()
     if found is None:
         tried = ", ".join(str(path) for path in candidates())

@@ -150,3 +150,11 @@ def test_spin_rounds_are_the_users_choice(given: dict[str, str], expected: str) 
     clean = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
     script = "import os\nfor n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):\n    os.environ[n] or os.environ.pop(n)\n"
     assert python(script + code, **{**clean, **given}).stdout.strip() == expected
+
+
+@pytest.mark.parametrize(("system", "name"), [("darwin", "macOS"), ("win32", "Windows"), ("freebsd14", "freebsd14")])
+def test_other_systems_are_refused_by_name(system: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.sys, "platform", system)
+    for call in (library.directory, library.load, lambda: library.program("llama-server")):
+        with pytest.raises(BlockffnError, match=f"running models on {name} is not supported: expected Linux"):
+            call()
