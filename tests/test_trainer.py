@@ -412,6 +412,23 @@ def test_router_matrices_are_clipped_by_themselves():
     assert (inner.grad.tolist(), norm.grad.tolist()) == ([pytest.approx(0.3), 0.0], [0.0, pytest.approx(0.4)])
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_groups_have_rates_of_their_own(tmp_path, text, kind):
+    """One step at rate 0.01: what is not a router moves as without the factor, the router a thousandth of it."""
+    rates = {"router_rate": 1e-3, "table_rate": 0.5, "vector_rate": 2.0}
+    options = {"kind": kind, "weight_decay": 0.0, "learning_rate": 0.01}
+    moved = []
+    for factors in ({}, rates):
+        trainer = Trainer(config_of(tmp_path, optimizer={**options, **factors}), text)
+        before = weights(trainer)
+        trainer.train_step(0)
+        moved.append({name: (value - before[name]).abs().max().item() for name, value in weights(trainer).items()})
+    for name, plain in moved[0].items():
+        last = name.rpartition(".")[2]
+        factor = 1e-3 if last == "router" else 0.5 if last == "embed" else 2.0 if "norm" in last else 1.0
+        assert moved[1][name] == pytest.approx(factor * plain, rel=1e-2, abs=1e-7), name
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (5, 3), (3, 4, 9)])
 def test_orthogonalise_brings_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -437,5 +454,11 @@ def test_cli_trains_and_exports(tmp_path, text, monkeypatch, capsys):
         "tokenizer_config.json",
         "model.safetensors",
     }
+    only = [str(tmp_path / "train.toml"), "--set", "optimizer.steps=6", "--eval-only"]
+    assert cli.run(parser.parse_args(only)) == 0
+    lines = capsys.readouterr().out
+    assert "bits_per_byte" in lines and "dead_share" in lines and f"loss {figures['validation']:.4f}" in lines
+    with pytest.raises(BlockffnError, match=r"checkpoint\.pt: no such file; train first"):
+        cli.run(parser.parse_args([*only, "--set", f"run.out={tmp_path}/nowhere"]))
     with pytest.raises(BlockffnError, match=r"expected TABLE\.KEY=VALUE"):
         cli.run(parser.parse_args([str(tmp_path / "train.toml"), "--set", "steps=6"]))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
     from blockffn.training.eagle import EagleTrainer
     from blockffn.training.train import Trainer
+
+COUNTS = ("dead", "always_on", "sets")  # figures per layer that are whole numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out ``blockffn train``; returns the exit code. Raises BlockffnError for anything wrong with the input."""
+    from blockffn.training.checkpoint import CHECKPOINT, CURVE, LOG
+
     trainer = _trainer(args.config, _overrides(args.set))
     if args.eval_only:
+        checkpoint = trainer.run.folder / CHECKPOINT
+        if not checkpoint.is_file():
+            raise BlockffnError(f"{checkpoint}: no such file; train first, or correct [run] out")
         trainer.run.resume()
     elif not trainer.train():
         print(f"stopped after step {trainer.run.step}; the same command goes on from there")
@@ -42,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     figures = {"steps": trainer.run.step, "seconds": round(trainer.run.seconds), **trainer.evaluate()}
     if args.export is not None:
         trainer.export(args.export)
-    from blockffn.training.checkpoint import CURVE, LOG
     from blockffn.training.plots import plot_curve
 
     plot_curve({args.config.resolve().parent.name: trainer.run.folder / LOG}, trainer.run.folder / CURVE)
@@ -63,12 +69,18 @@ def _trainer(path: Path, overrides: dict[str, dict[str, object]]) -> Trainer | E
     return Trainer(read_config(path, overrides))
 
 
-def summary(figures: dict[str, object]) -> str:
-    """A few lines for people: validation loss, mean sparsity."""
+def summary(figures: dict[str, Any]) -> str:
+    """Lines for people: validation loss, then each figure with its value, or its mean and the values per layer."""
     lines = [f"steps {figures['steps']}, {figures['seconds']} s, validation loss {figures['validation']:.4f}"]
     for name, value in figures.items():
+        if name in ("steps", "seconds", "validation"):
+            continue
         if isinstance(value, list):
-            lines.append(f"{name:8} {sum(value) / len(value):.3f}  per layer " + " ".join(f"{v:.3f}" for v in value))
+            digits = 0 if name in COUNTS else 3
+            layers = " ".join(f"{v:.{digits}f}" for v in value)
+            lines.append(f"{name:15} {sum(value) / len(value):.3f}  per layer {layers}")
+        else:
+            lines.append(f"{name:15} {value:.3f}")
     return "\n".join(lines)
 
 

@@ -81,6 +81,9 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     init_std: float = 0.02
+    router_rate: float = 1.0  # learning rate of the router matrices, as a multiple of learning_rate
+    table_rate: float = 1.0  # of embeddings and head
+    vector_rate: float = 1.0  # of norms, router factors and biases
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,8 @@ def check_optimizer(path: Path, o: OptimizerConfig, run: RunConfig) -> None:
     for table, key, found, known in choices:
         if found not in known:
             raise BlockffnError(f"{path}: [{table}] {key}: expected one of {', '.join(known)}, found {found!r}")
-    for key in ("learning_rate", "steps", "sequence_length", "batch_sequences", "micro_sequences"):
+    positive = ("learning_rate", "steps", "sequence_length", "batch_sequences", "micro_sequences", "clip", "init_std")
+    for key in (*positive, "router_rate", "table_rate", "vector_rate"):
         if getattr(o, key) <= 0:
             raise BlockffnError(f"{path}: [optimizer] {key}: expected a positive number, found {getattr(o, key)}")
     for key in ("log_every", "eval_every", "save_every"):

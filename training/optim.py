@@ -66,23 +66,36 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers over canonical (name, parameter) pairs; vectors (norms, router factors) are not decayed."""
-    matrices: list[nn.Parameter] = []
-    tables: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    """Optimizers over canonical (name, parameter) pairs; vectors (norms, router factors) are not decayed.
+
+    A group's ``factor`` multiplies the learning rate: see `set_learning_rate`.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "table": [], "router": [], "vector": []}
     for name, p in named:
-        if not p.requires_grad:
-            continue
-        inner = config.kind == "muon" and p.dim() >= 2 and name.rpartition(".")[2] not in ("embed", "lm_head", "router")
-        (matrices if inner else tables if p.dim() >= 2 else vectors).append(p)
-    groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        if p.requires_grad:
+            kinds[_kind(name, p)].append(p)
+    decay = config.weight_decay
+    groups = [
+        {"params": kinds["table"], "weight_decay": decay, "factor": config.table_rate},
+        {"params": kinds["router"], "weight_decay": decay, "factor": config.router_rate},
+        {"params": kinds["vector"], "weight_decay": 0.0, "factor": config.vector_rate},
+    ]
+    if config.kind == "adamw":
+        groups.append({"params": kinds["matrix"], "weight_decay": decay, "factor": 1.0})
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=True)
     ]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay))
+    if config.kind == "muon" and kinds["matrix"]:
+        optimizers.append(Muon(kinds["matrix"], lr=config.learning_rate, weight_decay=decay))
     return optimizers
+
+
+def _kind(name: str, p: nn.Parameter) -> str:
+    last = name.rpartition(".")[2]
+    if p.dim() < 2:
+        return "vector"
+    return "router" if last == "router" else "table" if last in ("embed", "lm_head") else "matrix"
 
 
 def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> dict[str, float]:
@@ -100,7 +113,7 @@ def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> d
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Give every group the same rate."""
+    """Give every group the rate times its factor (1 where it has none)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)
