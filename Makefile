@@ -134,6 +134,7 @@ fuzz: tree
 	    -DCMAKE_BUILD_TYPE=Debug -DBUILD_SHARED_LIBS=OFF -DGGML_OPENMP=OFF \
 	    -DCMAKE_C_FLAGS="$(FUZZ_FLAGS)" -DCMAKE_CXX_FLAGS="$(FUZZ_FLAGS)" > /dev/null
 	$(NINJA) -C build/fuzz -j $(JOBS) fuzz-load
+	rm -rf build/fuzz/models
 	$(PY) tests/small_models.py build/fuzz/models > /dev/null
 	ASAN_OPTIONS=quarantine_size_mb=32 build/fuzz/bin/fuzz-load --count $(FUZZ) --seed $(SEED) build/fuzz/models/*.gguf
 
