@@ -145,12 +145,12 @@ void blockffn_model_base::check_tensors(const llama_model_loader & ml) const {
         if (t->type != GGML_TYPE_F32 && name.find(".attn_") != std::string::npos && has_suffix(name, ".bias")) {
             throw std::runtime_error("tensor '" + name + "': expected F32; found " + ggml_type_name(t->type));
         }
-        // upstream would load them, and our graphs would not multiply with them
+        // upstream would load them, and our graphs would not multiply with most of them
         const size_t dot    = std::min(name.rfind('.'), name.size());
         const auto * beside = name.compare(dot, 6, ".scale") == 0 || name.compare(dot, 12, ".input_scale") == 0 ?
                                   ml.get_tensor_meta((name.substr(0, dot) + ".weight").c_str()) :
                                   nullptr;
-        if (beside && ggml_is_quantized(beside->type)) {
+        if (beside && (ggml_is_quantized(beside->type) || t->type != GGML_TYPE_F32)) {
             throw std::runtime_error("tensor '" + name +
                                      "': models of this architecture have no scales beside their weights");
         }

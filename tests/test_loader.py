@@ -108,9 +108,13 @@ def test_tensor(name: str, value: Any, message: str, models: Path, tmp_path: Pat
     assert re.search(f"tensor '{re.escape(name)}'.*{message}", refusal(bad))
 
 
-def test_scales_that_no_graph_reads(models: Path, tmp_path: Path) -> None:
-    name = "blk.0.ffn_up_exps.scale"
-    bad = edit_gguf(models / "mla-q8_0.gguf", tmp_path / "bad.gguf", tensors={name: np.ones(7, np.float32)})
+@pytest.mark.parametrize(
+    ("model", "name", "kind"),
+    [("mla-q8_0", "blk.0.ffn_up_exps.scale", np.float32), ("twin-gqa", "blk.0.attn_k.scale", np.float16)],
+)
+def test_scales_that_no_graph_reads(model: str, name: str, kind: type, models: Path, tmp_path: Path) -> None:
+    value = np.ones(7 if "exps" in name else 1, kind)
+    bad = edit_gguf(models / f"{model}.gguf", tmp_path / "bad.gguf", tensors={name: value})
     assert f"tensor '{name}': models of this architecture have no scales beside their weights" in refusal(bad)
 
 
