@@ -1,7 +1,7 @@
 # blockffn: `make demo` and `make test` do everything on a fresh machine; the other targets are their parts.
 #   PYTHON         interpreter for the virtual environment (>= 3.10)
 #   BUILD_PROFILE  native (this CPU, default) or portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX);
-#                  for us: amx-emulated, amx-free (what a CPU with AMX gets, see ggml-ops/amx-stand-in.h)
+#                  for us: amx-emulated, amx-free (what a CPU with AMX gets, see ggml-ops/tests/amx-stand-in.h)
 #   JOBS           parallel compile jobs
 
 PYTHON        ?= python3
@@ -32,7 +32,7 @@ CMAKE_FLAGS += -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGG
 else ifneq ($(filter amx-emulated amx-free,$(BUILD_PROFILE)),)
 AMX_FLAGS := -march=sapphirerapids $(if $(filter amx-free,$(BUILD_PROFILE)),-DAMX_STAND_IN_FREE)
 CMAKE_FLAGS += -DGGML_NATIVE=OFF -DCMAKE_C_FLAGS="$(AMX_FLAGS)" \
-               -DCMAKE_CXX_FLAGS="$(AMX_FLAGS) -include $(CURDIR)/ggml-ops/amx-stand-in.h"
+               -DCMAKE_CXX_FLAGS="$(AMX_FLAGS) -include $(CURDIR)/ggml-ops/tests/amx-stand-in.h"
 else
 $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
 endif
@@ -90,7 +90,7 @@ lint: venv
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/basedpyright --pythonpath $(PY)
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*.h ggml-ops/*.c ggml-ops/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*/*.h ggml-ops/*/*.cpp)
 
 bench: setup
 	$(VENV)/bin/blockffn bench

@@ -11,7 +11,7 @@ import pytest
 from blockffn import gguf_contract as names
 
 ROOT = Path(__file__).parent.parent
-MODELS = "\n".join(file.read_text() for file in sorted((ROOT / "ggml-ops").glob("blockffn-*.cpp")))
+MODELS = "\n".join(file.read_text() for file in sorted((ROOT / "ggml-ops" / "llama").glob("blockffn-*.cpp")))
 UPSTREAM_ARCH = ROOT / "build" / "pristine" / "vendor" / "llama.cpp" / "src" / "llama-arch.cpp"
 
 NOT_KEYS = ("ARCH", "ARCH_EAGLE", "ROUTER_NORM_NORMAL")

@@ -3,7 +3,7 @@
 // A group's block holds 8 scales and, for each half of the 16 bytes of a row's block, 8 bytes of each of the 8 rows.
 // Nibbles are stored as signed numbers; as unsigned ones (+ 8) they suit the u8 x i8 instructions, and -8 * sum(x) goes
 // into the correction. Two neighbouring dwords belong to one row: hence 2 lanes.
-#include "union-ffn-x86.h"
+#include "tile-x86.h"
 
 #if UNION_AVX2
 

@@ -3,7 +3,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
 #include "repack.h"
-#include "union-ffn-kernels.h"
+#include "tile-kernels.h"
 #include "union-ffn-op.h"
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // What the x86 kernels of the union FFN share: the packed int8 activation row and prefetching.
 #pragma once
 
-#include "union-ffn-kernels.h"
+#include "tile-kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define UNION_AVX2 1

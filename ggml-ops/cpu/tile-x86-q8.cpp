@@ -3,7 +3,7 @@
 // A block of 16 (AVX2: 8) rows is transposed in registers, dword by dword, so that every lane sums for one row: no sum
 // across lanes at the end, and one conversion, scale and addition per 16 rows. The work of transposing is shared by the
 // activation rows of a tile.
-#include "union-ffn-x86.h"
+#include "tile-x86.h"
 
 #if UNION_AVX2
 

@@ -2,7 +2,7 @@
 //
 // Unpacking 256 weights costs as much as multiplying them with one activation row; a tile of rows shares it. The sums of
 // a row lie in 8 lanes that depend on nothing but k.
-#include "union-ffn-x86.h"
+#include "tile-x86.h"
 
 #if UNION_AVX2
 

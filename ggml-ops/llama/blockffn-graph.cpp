@@ -1,7 +1,7 @@
 // The graph of one evaluation: see blockffn-model.h.
 
+#include "../cpu/flash-attn.h"
 #include "blockffn-model.h"
-#include "flash-attn.h"
 #include "llama-adapter.h"
 
 #include <string>

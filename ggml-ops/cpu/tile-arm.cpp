@@ -1,6 +1,6 @@
 // Q4_0 in CPU_REPACK's groups of 4 rows, for NEON with dot products (4 bytes of a row together) or with 8-bit matrix
 // multiplication (8 bytes together). Integer sums are exact, so both give the same bits.
-#include "union-ffn-kernels.h"
+#include "tile-kernels.h"
 #include "union-ffn-op.h"
 
 #if defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)

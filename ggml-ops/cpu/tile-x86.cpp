@@ -1,5 +1,5 @@
 // The choice among the x86 kernels of the union FFN.
-#include "union-ffn-x86.h"
+#include "tile-x86.h"
 
 #if UNION_AVX2
 

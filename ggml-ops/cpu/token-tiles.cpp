@@ -7,7 +7,7 @@
 #include "token-tiles.h"
 
 #include "ggml-cpu-impl.h"
-#include "union-ffn-kernels.h"
+#include "tile-kernels.h"
 #include "union-ffn-op.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Plain rows of F32, F16 and BF16, for AVX2 and AVX512: 4 rows times a few activation rows in float registers.
 // Activations and hidden values stay F32, so nothing is rounded but the sums.
-#include "union-ffn-x86.h"
+#include "tile-x86.h"
 
 #if UNION_AVX2
 

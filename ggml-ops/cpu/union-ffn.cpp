@@ -9,7 +9,7 @@
 #include "union-ffn.h"
 
 #include "ggml-cpu-impl.h"
-#include "union-ffn-kernels.h"
+#include "tile-kernels.h"
 #include "union-ffn-op.h"
 #include "vec.h"
 
