@@ -1,7 +1,6 @@
 // Q4_0 in CPU_REPACK's groups of 4 rows, for NEON with dot products (4 bytes of a row together) or with 8-bit matrix
 // multiplication (8 bytes together). Integer sums are exact, so both give the same bits.
 #include "tile-kernels.h"
-#include "union-ffn-op.h"
 
 #if defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 
@@ -27,8 +26,8 @@ struct int8_act {
     }
 };
 
-size_t int8_act_size(const union_weight &, int64_t k) {
-    return union_align(k + k / BLOCK * sizeof(float));
+size_t int8_act_size(const tile_weight &, int64_t k) {
+    return tile_align(k + k / BLOCK * sizeof(float));
 }
 
 // quantizes 32 values to q, returns the scale
@@ -39,7 +38,7 @@ float quantize_block(const float * x, int8_t * q) {
         v[i] = vld1q_f32(x + 4 * i);
         max  = vmaxq_f32(max, vabsq_f32(v[i]));
     }
-    const union_scale scale = union_scale_get(vmaxvq_f32(max));  // a NaN stays one, and becomes the integer 0
+    const tile_scale scale = tile_scale_get(vmaxvq_f32(max));  // a NaN stays one, and becomes the integer 0
     for (int i = 0; i < 8; i += 2) {
         const int16x4_t a = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i], scale.inverse)));
         const int16x4_t b = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i + 1], scale.inverse)));
@@ -48,7 +47,7 @@ float quantize_block(const float * x, int8_t * q) {
     return scale.d;
 }
 
-void int8_act_pack(const union_weight &,
+void int8_act_pack(const tile_weight &,
                    int64_t       k,
                    int64_t       first,
                    int64_t       n,
@@ -153,30 +152,46 @@ void q4_dot_tile(int64_t              k,
 }
 
 template <typename product>
-void q4_dot(const union_weight & w,
+void q4_dot(const tile_weight &  w,
             const char *         rows,
             int64_t              n_rows,
             const void * const * act,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    union_with_tile<TILE>(
-        n_act, [&](auto tile) { q4_dot_tile<product, decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
+    with_tile<TILE>(n_act,
+                    [&](auto tile) { q4_dot_tile<product, decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
 }
 
-const union_kernel q4_dot_kernel = {
-    "q4_0_4x4", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_dot_product>, union_copy_lanes
+const tile_kernel q4_dot_kernel = {
+    /* .rows     = */ 4,
+    /* .lanes    = */ 1,
+    /* .tile     = */ TILE,
+    /* .ahead    = */ 1024,
+    /* .act_size = */ int8_act_size,
+    /* .act_pack = */ int8_act_pack,
+    /* .dot      = */ q4_dot<q4_dot_product>,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
 };
 
 }  // namespace
 
-const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t, int64_t n_rows) {
+const tile_kernel * tile_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
     if (type != GGML_TYPE_Q4_0 || group != 4 || n_rows % 4 != 0) {
         return nullptr;
     }
 #    if defined(__ARM_FEATURE_MATMUL_INT8)
-    static const union_kernel q4_mm_kernel = {
-        "q4_0_4x8", 4, 1, TILE, 1024, int8_act_size, int8_act_pack, q4_dot<q4_matrix_product>, union_copy_lanes
+    static const tile_kernel q4_mm_kernel = {
+        /* .rows     = */ 4,
+        /* .lanes    = */ 1,
+        /* .tile     = */ TILE,
+        /* .ahead    = */ 1024,
+        /* .act_size = */ int8_act_size,
+        /* .act_pack = */ int8_act_pack,
+        /* .dot      = */ q4_dot<q4_matrix_product>,
+        /* .reduce   = */ tile_copy_lanes,
+        /* .mul_mat  = */ false,
     };
     if (inter == 8) {
         return &q4_mm_kernel;
@@ -187,7 +202,7 @@ const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t int
 
 #else
 
-const union_kernel * union_kernel_arm(ggml_type, int64_t, int64_t, int64_t, int64_t) {
+const tile_kernel * tile_kernel_arm(ggml_type, int64_t, int64_t, int64_t) {
     return nullptr;
 }
 

@@ -4,7 +4,6 @@
 #include "ggml-cpu-impl.h"
 #include "repack.h"
 #include "tile-kernels.h"
-#include "union-ffn-op.h"
 
 #include <cmath>
 
@@ -13,8 +12,8 @@ namespace {
 // an activation row: the factor, then the row in w.act_type
 constexpr size_t ACT_HEAD = 64;
 
-size_t general_act_size(const union_weight & w, int64_t k) {
-    return ACT_HEAD + union_align(ggml_row_size(w.act_type, k));
+size_t general_act_size(const tile_weight & w, int64_t k) {
+    return ACT_HEAD + tile_align(ggml_row_size(w.act_type, k));
 }
 
 bool all_finite(const float * x, int64_t n) {
@@ -36,7 +35,7 @@ void poison(ggml_type type, int64_t n, char * to) {
     }
 }
 
-void general_act_pack(const union_weight & w,
+void general_act_pack(const tile_weight & w,
                       int64_t,
                       int64_t       first,
                       int64_t       n,
@@ -54,7 +53,7 @@ void general_act_pack(const union_weight & w,
     }
 }
 
-void vec_dot_rows(const union_weight & w,
+void vec_dot_rows(const tile_weight &  w,
                   const char *         rows,
                   int64_t              n_rows,
                   const void * const * act,
@@ -71,7 +70,7 @@ void vec_dot_rows(const union_weight & w,
 }
 
 // Upstream's gemm kernels take four activation rows at once, but round differently from gemv: not batch-invariant.
-void gemv_rows(const union_weight & w,
+void gemv_rows(const tile_weight &  w,
                const char *         rows,
                int64_t              n_rows,
                const void * const * act,
@@ -91,20 +90,37 @@ void gemv_rows(const union_weight & w,
     }
 }
 
-const union_kernel vec_dot_kernel = { "vec_dot",       1, 1, 8, 0, general_act_size, general_act_pack, vec_dot_rows,
-                                      union_copy_lanes };
-const union_kernel gemv_kernel    = {
-    "gemv", 16, 1, 8, 0, general_act_size, general_act_pack, gemv_rows, union_copy_lanes
+const tile_kernel vec_dot_kernel = {
+    /* .rows     = */ 1,
+    /* .lanes    = */ 1,
+    /* .tile     = */ 8,
+    /* .ahead    = */ 0,
+    /* .act_size = */ general_act_size,
+    /* .act_pack = */ general_act_pack,
+    /* .dot      = */ vec_dot_rows,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
+};
+const tile_kernel gemv_kernel = {
+    /* .rows     = */ 16,
+    /* .lanes    = */ 1,
+    /* .tile     = */ 8,
+    /* .ahead    = */ 0,
+    /* .act_size = */ general_act_size,
+    /* .act_pack = */ general_act_pack,
+    /* .dot      = */ gemv_rows,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
 };
 
-const union_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows) {
-    const union_kernel * kernel = union_kernel_x86(type, group, inter, k, n_rows);
-    return kernel ? kernel : union_kernel_arm(type, group, inter, k, n_rows);
+const tile_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
+    const tile_kernel * kernel = tile_kernel_x86(type, group, inter, n_rows);
+    return kernel ? kernel : tile_kernel_arm(type, group, inter, n_rows);
 }
 
 }  // namespace
 
-bool union_weight_get(const ggml_tensor * t, union_weight * w) {
+bool tile_weight_get(const ggml_tensor * t, tile_weight * w) {
     w->data        = (const char *) t->data;
     w->k           = t->ne[0];
     w->n_rows      = t->ne[1];
@@ -119,7 +135,7 @@ bool union_weight_get(const ggml_tensor * t, union_weight * w) {
     if (!w->packed && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
         return false;  // a layout of somebody else
     }
-    w->kernel = fast_kernel(t->type, w->packed ? packed.rows : 1, w->packed ? packed.inter : 0, w->k, w->n_rows);
+    w->kernel = fast_kernel(t->type, w->packed ? packed.rows : 1, w->packed ? packed.inter : 0, w->n_rows);
     if (w->kernel) {
         w->act_block = ggml_blck_size(t->type);
         return true;

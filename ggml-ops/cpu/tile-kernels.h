@@ -1,7 +1,8 @@
-// Kernels of the union FFN: how rows of a weight are multiplied with a few activation rows at once.
+// Kernels for tiles of tokens: how rows of a weight are multiplied with a few activation rows at once. The union FFN and
+// MUL_MAT (token-tiles.cpp) are made of them.
 //
 // An activation row is packed once, in the format of the kernel that will read it, with a factor (the router score of
-// the pair) folded into its scales. Every kernel keeps two promises, from which the batch invariance of the op follows:
+// the pair) folded into its scales. Every kernel keeps two promises, from which the batch invariance of the ops follows:
 // the sums of one (row, activation) pair are formed in an order that depends on nothing but k, and accumulators of
 // different pairs never mix.
 #pragma once
@@ -17,33 +18,32 @@
 #include <cstring>
 #include <type_traits>
 
-constexpr int64_t UNION_MAX_TILE = 8;  // of any kernel
+constexpr int64_t MAX_TILE = 8;  // of any kernel
 
-struct union_weight;
+struct tile_weight;
 
-struct union_kernel {
-    const char * name;
-    int64_t      rows;   // rows come in groups of this many
-    int64_t      lanes;  // partial sums per row
-    int64_t      tile;   // most activation rows per call
-    int64_t      ahead;  // bytes to ask for ahead of its reads of long rows; 0: it does that itself
+struct tile_kernel {
+    int64_t rows;   // rows come in groups of this many
+    int64_t lanes;  // partial sums per row
+    int64_t tile;   // most activation rows per call
+    int64_t ahead;  // bytes to ask for ahead of its reads of long rows; 0: it does that itself
 
     // bytes of an activation row of k values
-    size_t (*act_size)(const union_weight & w, int64_t k);
+    size_t (*act_size)(const tile_weight & w, int64_t k);
 
     // pack values [first, first + n) of an activation row of k values, times factor; first and n are multiples of
     // w.act_block
-    void (*act_pack)(const union_weight & w,
-                     int64_t              k,
-                     int64_t              first,
-                     int64_t              n,
-                     const float *        x,
-                     float                factor,
-                     void *               act);
+    void (*act_pack)(const tile_weight & w,
+                     int64_t             k,
+                     int64_t             first,
+                     int64_t             n,
+                     const float *       x,
+                     float               factor,
+                     void *              act);
 
     // acc[t][row*lanes + lane] += partial sums of n_rows consecutive rows starting at `rows` with act[t], t < n_act <= tile;
     // memory at `next`, as long as the rows, will be wanted soon (may be NULL): a kernel prefetches it as it goes along
-    void (*dot)(const union_weight & w,
+    void (*dot)(const tile_weight &  w,
                 const char *         rows,
                 int64_t              n_rows,
                 const void * const * act,
@@ -54,85 +54,94 @@ struct union_kernel {
     // out[row] = sum of the row's lanes
     void (*reduce)(int64_t n_rows, const float * acc, float * out);
 
-    // also for whole matrices: measured to be faster than what MUL_MAT does otherwise
-    bool mul_mat = false;
+    // whether MUL_MAT may take it without being asked for its invariance: measured to be faster than what it does otherwise
+    bool mul_mat;
 };
 
-typedef void (*union_gemv_t)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
+typedef void (*tile_gemv_t)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
 
 // a weight [k, n_rows, n_expert] and the kernel that reads it
-struct union_weight {
-    const char *         data;
-    int64_t              k;
-    int64_t              n_rows;
-    size_t               row_size;     // bytes
-    size_t               expert_size;  // bytes
-    int64_t              act_block;    // values that are packed together
-    bool                 packed;       // rows lie in groups, as in CPU_REPACK
-    const union_kernel * kernel;
+struct tile_weight {
+    const char *        data;
+    int64_t             k;
+    int64_t             n_rows;
+    size_t              row_size;     // bytes
+    size_t              expert_size;  // bytes
+    int64_t             act_block;    // values that are packed together
+    bool                packed;       // rows lie in groups, as in CPU_REPACK
+    const tile_kernel * kernel;
     // of the general kernels only
-    ggml_type            act_type;
-    ggml_vec_dot_t       vec_dot;
-    ggml_from_float_t    from_float;
-    union_gemv_t         gemv;
+    ggml_type           act_type;
+    ggml_vec_dot_t      vec_dot;
+    ggml_from_float_t   from_float;
+    tile_gemv_t         gemv;
 };
 
 // false if no kernel reads the type or layout of t
-bool union_weight_get(const ggml_tensor * t, union_weight * w);
+bool tile_weight_get(const ggml_tensor * t, tile_weight * w);
 
 // kernels of a CPU family: NULL means "not handled here", and the general kernel takes over
-const union_kernel * union_kernel_x86(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows);
-const union_kernel * union_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t k, int64_t n_rows);
+const tile_kernel * tile_kernel_x86(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
+const tile_kernel * tile_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
 
 // dot(N) with n as the constant N, 1 <= n <= MAX: how a kernel reaches its code for a tile of n activation rows
-template <int MAX, typename F> inline void union_with_tile(int64_t n, F && dot) {
+template <int MAX, typename F> inline void with_tile(int64_t n, F && dot) {
     if constexpr (MAX == 0) {
         GGML_ABORT("tile of %d activation rows", (int) n);
     } else if (n == MAX) {
         dot(std::integral_constant<int, MAX>());
     } else {
-        union_with_tile<MAX - 1>(n, dot);
+        with_tile<MAX - 1>(n, dot);
     }
 }
 
 // The scale of values of at most `max` in magnitude that become 8-bit integers, and its inverse. Integers cannot say NaN or
 // Inf: a block that has one gets zeros and the scale NaN, so that every sum with it is NaN.
-struct union_scale {
+struct tile_scale {
     float d, inverse;
 };
 
-inline union_scale union_scale_get(float max) {
+inline tile_scale tile_scale_get(float max) {
     if (!(max <= FLT_MAX)) {
         return { NAN, 0.0f };
     }
-    return max < 1e-36f ? union_scale{ 0.0f, 0.0f } :  // 127 / max would be Inf
-                          union_scale{ max / 127.0f, 127.0f / max };
+    return max < 1e-36f ? tile_scale{ 0.0f, 0.0f } :  // 127 / max would be Inf
+                          tile_scale{ max / 127.0f, 127.0f / max };
+}
+
+// a matrix of floats whose rows may lie apart
+inline const float * tile_row(const ggml_tensor * t, int64_t row) {
+    return (const float *) ((const char *) t->data + row * t->nb[1]);
+}
+
+inline size_t tile_align(size_t size) {
+    return GGML_PAD(size, 64);
 }
 
 // reduce() of the kernels with one lane
-inline void union_copy_lanes(int64_t n_rows, const float * acc, float * out) {
+inline void tile_copy_lanes(int64_t n_rows, const float * acc, float * out) {
     std::copy(acc, acc + n_rows, out);
 }
 
 // tokens are dealt to tiles of nearly equal size, so that none is left with a single token
-inline int64_t union_tile_size(int64_t left, int64_t tile) {
+inline int64_t next_tile(int64_t left, int64_t tile) {
     const int64_t tiles = (left + tile - 1) / tile;
     return (left + tiles - 1) / tiles;
 }
 
 // z[t*stride + row] = n_rows rows starting at `rows` times act[t], t < n_act <= tile. lanes: scratch for the sums of all;
 // cold: the rows are not in the cache
-inline void union_multiply_rows(const union_weight & w,
-                                const char *         rows,
-                                int64_t              n_rows,
-                                const void * const * act,
-                                int64_t              n_act,
-                                float *              lanes,
-                                float *              z,
-                                int64_t              stride,
-                                bool                 cold) {
-    const int64_t step                = n_rows * w.kernel->lanes;
-    float *       acc[UNION_MAX_TILE] = {};
+inline void tile_multiply_rows(const tile_weight &  w,
+                               const char *         rows,
+                               int64_t              n_rows,
+                               const void * const * act,
+                               int64_t              n_act,
+                               float *              lanes,
+                               float *              z,
+                               int64_t              stride,
+                               bool                 cold) {
+    const int64_t step          = n_rows * w.kernel->lanes;
+    float *       acc[MAX_TILE] = {};
     for (int64_t t = 0; t < n_act; t++) {
         acc[t] = lanes + t * step;
     }

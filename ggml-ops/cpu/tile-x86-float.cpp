@@ -2,7 +2,7 @@
 // Activations and hidden values stay F32, so nothing is rounded but the sums.
 #include "tile-x86.h"
 
-#if UNION_AVX2
+#if TILE_AVX2
 
 #    include "ggml-impl.h"
 
@@ -12,17 +12,11 @@ namespace {
 
 constexpr int64_t FLOAT_ROWS = 4;  // rows whose sums are formed together
 
-size_t float_act_size(const union_weight &, int64_t k) {
-    return union_align(k * sizeof(float));
+size_t float_act_size(const tile_weight &, int64_t k) {
+    return tile_align(k * sizeof(float));
 }
 
-void float_act_pack(const union_weight &,
-                    int64_t,
-                    int64_t       first,
-                    int64_t       n,
-                    const float * x,
-                    float         factor,
-                    void *        act) {
+void float_act_pack(const tile_weight &, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
     for (int64_t i = 0; i < n; i++) {
         ((float *) act)[first + i] = x[i] * factor;
     }
@@ -40,7 +34,7 @@ inline float to_float(ggml_bf16_t v) {
     return GGML_BF16_TO_FP32(v);
 }
 
-#    if UNION_AVX512
+#    if TILE_AVX512
 
 typedef __m512    vec;
 constexpr int64_t VEC        = 16;
@@ -156,7 +150,7 @@ inline void float_dot_rows(int64_t               k,
 }
 
 template <typename W, int T>
-void float_dot_tile(const union_weight & w,
+void float_dot_tile(const tile_weight &  w,
                     const char *         rows,
                     int64_t              n_rows,
                     const void * const * act,
@@ -192,30 +186,54 @@ void float_dot_tile(const union_weight & w,
 }
 
 template <typename W>
-void float_dot(const union_weight & w,
+void float_dot(const tile_weight &  w,
                const char *         rows,
                int64_t              n_rows,
                const void * const * act,
                int64_t              n_act,
                float * const *      acc,
                const char *         next) {
-    union_with_tile<FLOAT_TILE>(
+    with_tile<FLOAT_TILE>(
         n_act, [&](auto tile) { float_dot_tile<W, decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
-const union_kernel f32_kernel = {
-    "f32", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<float>, union_copy_lanes
+const tile_kernel f32_kernel = {
+    /* .rows     = */ FLOAT_ROWS,
+    /* .lanes    = */ 1,
+    /* .tile     = */ FLOAT_TILE,
+    /* .ahead    = */ 0,
+    /* .act_size = */ float_act_size,
+    /* .act_pack = */ float_act_pack,
+    /* .dot      = */ float_dot<float>,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
 };
-const union_kernel f16_kernel = {
-    "f16", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_fp16_t>, union_copy_lanes
+const tile_kernel f16_kernel = {
+    /* .rows     = */ FLOAT_ROWS,
+    /* .lanes    = */ 1,
+    /* .tile     = */ FLOAT_TILE,
+    /* .ahead    = */ 0,
+    /* .act_size = */ float_act_size,
+    /* .act_pack = */ float_act_pack,
+    /* .dot      = */ float_dot<ggml_fp16_t>,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
 };
-const union_kernel bf16_kernel = {
-    "bf16", FLOAT_ROWS, 1, FLOAT_TILE, 0, float_act_size, float_act_pack, float_dot<ggml_bf16_t>, union_copy_lanes
+const tile_kernel bf16_kernel = {
+    /* .rows     = */ FLOAT_ROWS,
+    /* .lanes    = */ 1,
+    /* .tile     = */ FLOAT_TILE,
+    /* .ahead    = */ 0,
+    /* .act_size = */ float_act_size,
+    /* .act_pack = */ float_act_pack,
+    /* .dot      = */ float_dot<ggml_bf16_t>,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
 };
 
 }  // namespace
 
-const union_kernel * union_kernel_x86_float(ggml_type type, int64_t group) {
+const tile_kernel * tile_kernel_x86_float(ggml_type type, int64_t group) {
     if (group != 1) {
         return nullptr;
     }

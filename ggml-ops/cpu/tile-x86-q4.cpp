@@ -5,15 +5,15 @@
 // into the correction. Two neighbouring dwords belong to one row: hence 2 lanes.
 #include "tile-x86.h"
 
-#if UNION_AVX2
+#if TILE_AVX2
 
 #    include "repack.h"
 
 namespace {
 
-#    if UNION_AVX512
+#    if TILE_AVX512
 
-void q4_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void q4_act_pack(const tile_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
     // both lanes of a row start with half of -8 * sum
     int8_act_pack(k, first, n, x, factor, act, [](int8_t *, int32_t sum) { return -4 * sum; });
 }
@@ -79,7 +79,7 @@ constexpr int64_t Q4_TILE = 8;
 
 #    else
 
-void q4_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void q4_act_pack(const tile_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
     // 16-bit sums: each of the two halves of a lane starts with a quarter of -8 * sum
     int8_act_pack(k, first, n, x, factor, act,
                   [](int8_t *, int32_t sum) { return (int32_t) (0x10001u * (uint16_t) (int16_t) (-2 * sum)); });
@@ -156,15 +156,15 @@ constexpr int64_t Q4_TILE = 4;
 
 #    endif
 
-void q4_dot(const union_weight & w,
+void q4_dot(const tile_weight &  w,
             const char *         rows,
             int64_t              n_rows,
             const void * const * act,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    union_with_tile<Q4_TILE>(n_act,
-                             [&](auto tile) { q4_dot_tile<decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
+    with_tile<Q4_TILE>(n_act,
+                       [&](auto tile) { q4_dot_tile<decltype(tile)::value>(w.k, rows, n_rows, act, acc, next); });
 }
 
 void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {
@@ -173,12 +173,21 @@ void add_lane_pairs(int64_t n_rows, const float * acc, float * out) {
     }
 }
 
-const union_kernel q4_kernel = { "q4_0_8x8",    8,           2,      Q4_TILE,        1536,
-                                 int8_act_size, q4_act_pack, q4_dot, add_lane_pairs, true };
+const tile_kernel q4_kernel = {
+    /* .rows     = */ 8,
+    /* .lanes    = */ 2,
+    /* .tile     = */ Q4_TILE,
+    /* .ahead    = */ 1536,
+    /* .act_size = */ int8_act_size,
+    /* .act_pack = */ q4_act_pack,
+    /* .dot      = */ q4_dot,
+    /* .reduce   = */ add_lane_pairs,
+    /* .mul_mat  = */ true,
+};
 
 }  // namespace
 
-const union_kernel * union_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
+const tile_kernel * tile_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
     return type == GGML_TYPE_Q4_0 && group == 8 && inter == 8 && n_rows % 8 == 0 ? &q4_kernel : nullptr;
 }
 

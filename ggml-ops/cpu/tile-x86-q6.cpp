@@ -4,7 +4,7 @@
 // a row lie in 8 lanes that depend on nothing but k.
 #include "tile-x86.h"
 
-#if UNION_AVX2
+#if TILE_AVX2
 
 #    define GGML_COMMON_DECL_CPP
 #    include "ggml-common.h"
@@ -31,15 +31,15 @@ struct alignas(32) q6_act {
     float   d;
 };
 
-size_t q6_act_size(const union_weight &, int64_t k) {
-    return union_align(k / QK_K * sizeof(q6_act));
+size_t q6_act_size(const tile_weight &, int64_t k) {
+    return tile_align(k / QK_K * sizeof(q6_act));
 }
 
-void q6_act_pack(const union_weight &, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void q6_act_pack(const tile_weight &, int64_t, int64_t first, int64_t n, const float * x, float factor, void * act) {
     q6_act * a = (q6_act *) act + first / QK_K;
     for (int64_t i = 0; i < n; i += QK_K, a++) {
-        const union_scale scale = union_scale_get(largest_magnitude(x + i, QK_K));
-        a->d                    = scale.d * factor;
+        const tile_scale scale = tile_scale_get(largest_magnitude(x + i, QK_K));
+        a->d                   = scale.d * factor;
         for (int64_t j = 0; j < QK_K; j += BLOCK) {
             quantize_block(x + i + j, scale.inverse, a->q + j);
         }
@@ -76,7 +76,7 @@ inline __m256i q6_scales(const block_q6_K & b) {
 // sum += w * x in pairs of pairs, scaled: at most 4 * 63 * 127 * 128, and 16 of them
 inline __m256i q6_add(__m256i sum, __m256i w, const int8_t * x, __m256i scale) {
     const __m256i pairs = _mm256_maddubs_epi16(w, _mm256_load_si256((const __m256i *) x));
-#    if UNION_AVX512
+#    if TILE_AVX512
     return _mm256_dpwssd_epi32(sum, pairs, scale);
 #    else
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, scale));
@@ -110,7 +110,7 @@ template <int T> inline void q6_multiply(const block_q6_K & w, const q6_act * co
 }
 
 template <int T>
-void q6_dot_tile(const union_weight & w,
+void q6_dot_tile(const tile_weight &  w,
                  const char *         rows,
                  int64_t              n_rows,
                  const void * const * act,
@@ -137,15 +137,14 @@ void q6_dot_tile(const union_weight & w,
     }
 }
 
-void q6_dot(const union_weight & w,
+void q6_dot(const tile_weight &  w,
             const char *         rows,
             int64_t              n_rows,
             const void * const * act,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    union_with_tile<Q6_TILE>(n_act,
-                             [&](auto tile) { q6_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
+    with_tile<Q6_TILE>(n_act, [&](auto tile) { q6_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
 void add_lanes(int64_t n_rows, const float * acc, float * out) {
@@ -157,13 +156,21 @@ void add_lanes(int64_t n_rows, const float * acc, float * out) {
     }
 }
 
-const union_kernel q6_kernel = {
-    "q6_K", 1, Q6_LANES, Q6_TILE, 2048, q6_act_size, q6_act_pack, q6_dot, add_lanes, true
+const tile_kernel q6_kernel = {
+    /* .rows     = */ 1,
+    /* .lanes    = */ Q6_LANES,
+    /* .tile     = */ Q6_TILE,
+    /* .ahead    = */ 2048,
+    /* .act_size = */ q6_act_size,
+    /* .act_pack = */ q6_act_pack,
+    /* .dot      = */ q6_dot,
+    /* .reduce   = */ add_lanes,
+    /* .mul_mat  = */ true,
 };
 
 }  // namespace
 
-const union_kernel * union_kernel_x86_q6(ggml_type type, int64_t group) {
+const tile_kernel * tile_kernel_x86_q6(ggml_type type, int64_t group) {
     return type == GGML_TYPE_Q6_K && group == 1 ? &q6_kernel : nullptr;
 }
 

@@ -5,7 +5,7 @@
 // activation rows of a tile.
 #include "tile-x86.h"
 
-#if UNION_AVX2
+#if TILE_AVX2
 
 #    define GGML_COMMON_DECL_CPP
 #    include "ggml-common.h"
@@ -16,13 +16,13 @@ const block_q8_0 * block_at(const char * rows, size_t row_size, int64_t row, int
     return (const block_q8_0 *) (rows + row * row_size) + b;
 }
 
-#    if UNION_AVX512
+#    if TILE_AVX512
 
 constexpr int64_t Q8_ROWS = 16;
 constexpr int64_t Q8_TILE = 8;
 
 // weights become unsigned by + 128
-void q8_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void q8_act_pack(const tile_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
     int8_act_pack(k, first, n, x, factor, act, [](int8_t *, int32_t sum) { return -128 * sum; });
 }
 
@@ -91,7 +91,7 @@ inline void q8_store(float * p, q8_sums v) {
 constexpr int64_t Q8_ROWS = 8;
 constexpr int64_t Q8_TILE = 4;
 
-void q8_act_pack(const union_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
+void q8_act_pack(const tile_weight &, int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act) {
     int8_act_pack(k, first, n, x, factor, act, [](int8_t *, int32_t) { return 0; });
 }
 
@@ -159,7 +159,7 @@ inline void q8_store(float * p, q8_sums v) {
 #    endif
 
 template <int T>
-void q8_dot_tile(const union_weight & w,
+void q8_dot_tile(const tile_weight &  w,
                  const char *         rows,
                  int64_t              n_rows,
                  const void * const * act,
@@ -195,22 +195,31 @@ void q8_dot_tile(const union_weight & w,
     }
 }
 
-void q8_dot(const union_weight & w,
+void q8_dot(const tile_weight &  w,
             const char *         rows,
             int64_t              n_rows,
             const void * const * act,
             int64_t              n_act,
             float * const *      acc,
             const char *         next) {
-    union_with_tile<Q8_TILE>(n_act,
-                             [&](auto tile) { q8_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
+    with_tile<Q8_TILE>(n_act, [&](auto tile) { q8_dot_tile<decltype(tile)::value>(w, rows, n_rows, act, acc, next); });
 }
 
-const union_kernel q8_kernel = { "q8_0", Q8_ROWS, 1, Q8_TILE, 0, int8_act_size, q8_act_pack, q8_dot, union_copy_lanes };
+const tile_kernel q8_kernel = {
+    /* .rows     = */ Q8_ROWS,
+    /* .lanes    = */ 1,
+    /* .tile     = */ Q8_TILE,
+    /* .ahead    = */ 0,
+    /* .act_size = */ int8_act_size,
+    /* .act_pack = */ q8_act_pack,
+    /* .dot      = */ q8_dot,
+    /* .reduce   = */ tile_copy_lanes,
+    /* .mul_mat  = */ false,
+};
 
 }  // namespace
 
-const union_kernel * union_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows) {
+const tile_kernel * tile_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows) {
     return type == GGML_TYPE_Q8_0 && group == 1 && n_rows % Q8_ROWS == 0 ? &q8_kernel : nullptr;
 }
 

@@ -1,27 +1,31 @@
-// What the x86 kernels of the union FFN share: the packed int8 activation row and prefetching.
+// What the x86 kernels share: the packed int8 activation row and prefetching.
 #pragma once
 
 #include "tile-kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#    define UNION_AVX2 1
+#    define TILE_AVX2 1
 #else
-#    define UNION_AVX2 0
+#    define TILE_AVX2 0
 #endif
 
-#if UNION_AVX2
+#if TILE_AVX2
 
-#    include "union-ffn-op.h"
-
-// GCC 12 takes the undefined operands inside its own AVX512 headers for uninitialized variables
-#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#    pragma GCC diagnostic ignored "-Wuninitialized"
-#    include <immintrin.h>
+#    if defined(__GNUC__) && \
+        !defined(__clang__)  // GCC 12 takes undefined operands of its own headers for uninitialized
+#        pragma GCC diagnostic push
+#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#        pragma GCC diagnostic ignored "-Wuninitialized"
+#        include <immintrin.h>
+#        pragma GCC diagnostic pop
+#    else
+#        include <immintrin.h>
+#    endif
 
 #    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-#        define UNION_AVX512 1
+#        define TILE_AVX512 1
 #    else
-#        define UNION_AVX512 0
+#        define TILE_AVX512 0
 #    endif
 
 constexpr int64_t BLOCK = 32;  // values of a quantized block
@@ -29,8 +33,8 @@ constexpr int64_t BLOCK = 32;  // values of a quantized block
 // --- packed activation rows: int8 values in blocks of 32 ------------------------------------------------------------
 // [k] bytes of values, then [k/32] int32 corrections (whatever the kernel adds to its integer sums), then [k/32] floats
 
-inline size_t int8_act_size(const union_weight &, int64_t k) {
-    return union_align(k + k / BLOCK * (sizeof(int32_t) + sizeof(float)));
+inline size_t int8_act_size(const tile_weight &, int64_t k) {
+    return tile_align(k + k / BLOCK * (sizeof(int32_t) + sizeof(float)));
 }
 
 struct int8_act {
@@ -85,11 +89,11 @@ template <typename F>
 inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, float factor, void * act, F && finish) {
     int8_act a(act, k);
     for (int64_t i = 0; i < n; i += BLOCK) {
-        const int64_t     b     = (first + i) / BLOCK;
-        const union_scale scale = union_scale_get(largest_magnitude(x + i, BLOCK));
-        const int32_t     sum   = quantize_block(x + i, scale.inverse, a.q + first + i);
-        a.d[b]                  = scale.d * factor;
-        a.c[b]                  = finish(a.q + first + i, sum);
+        const int64_t    b     = (first + i) / BLOCK;
+        const tile_scale scale = tile_scale_get(largest_magnitude(x + i, BLOCK));
+        const int32_t    sum   = quantize_block(x + i, scale.inverse, a.q + first + i);
+        a.d[b]                 = scale.d * factor;
+        a.c[b]                 = finish(a.q + first + i, sum);
     }
 }
 
@@ -100,9 +104,9 @@ inline void prefetch_lines(const char * p, int64_t bytes) {
 }
 
 // NULL: not handled here
-const union_kernel * union_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
-const union_kernel * union_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows);
-const union_kernel * union_kernel_x86_q6(ggml_type type, int64_t group);
-const union_kernel * union_kernel_x86_float(ggml_type type, int64_t group);
+const tile_kernel * tile_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
+const tile_kernel * tile_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows);
+const tile_kernel * tile_kernel_x86_q6(ggml_type type, int64_t group);
+const tile_kernel * tile_kernel_x86_float(ggml_type type, int64_t group);
 
 #endif

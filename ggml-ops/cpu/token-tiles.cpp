@@ -1,4 +1,4 @@
-// Matrix products for a few tokens, by the kernels of the union FFN: a weight is loaded once for a tile of tokens, ahead
+// Matrix products for a few tokens, by kernels for tiles of tokens: a weight is loaded once for a tile of tokens, ahead
 // of its use, and the result of a token does not depend on the others.
 //
 // Two phases with a barrier between them:
@@ -8,19 +8,18 @@
 
 #include "ggml-cpu-impl.h"
 #include "tile-kernels.h"
-#include "union-ffn-op.h"
 
 namespace {
 
 constexpr int64_t MAX_ROWS = 64;  // of the weight, per piece
 
 struct tiles_plan {
-    union_weight w;
-    int64_t      rows;         // of the weight, per piece
-    int64_t      n;            // tokens
-    size_t       act_size;     // bytes of a packed activation row
-    size_t       thread_size;  // bytes of scratch per thread
-    size_t       total;
+    tile_weight w;
+    int64_t     rows;         // of the weight, per piece
+    int64_t     n;            // tokens
+    size_t      act_size;     // bytes of a packed activation row
+    size_t      thread_size;  // bytes of scratch per thread
+    size_t      total;
 };
 
 bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
@@ -32,7 +31,7 @@ bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
     const ggml_tensor * x = dst->src[1];
     const bool plain      = x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && w->ne[2] == 1 && w->ne[3] == 1 &&
                        w->nb[1] == ggml_row_size(w->type, w->ne[0]);
-    if (!plain || x->ne[2] != 1 || x->ne[3] != 1 || !union_weight_get(w, &p.w)) {
+    if (!plain || x->ne[2] != 1 || x->ne[3] != 1 || !tile_weight_get(w, &p.w)) {
         return false;
     }
     if (hint == GGML_HINT_TOKEN_TILES && !p.w.kernel->mul_mat) {
@@ -42,7 +41,7 @@ bool plan_get(const ggml_tensor * dst, int n_tasks, tiles_plan & p) {
     p.rows                 = GGML_PAD(std::min(by_tasks, MAX_ROWS), p.w.kernel->rows);
     p.n                    = x->ne[1];
     p.act_size             = p.w.kernel->act_size(p.w, p.w.k);
-    p.thread_size          = union_align(UNION_MAX_TILE * MAX_ROWS * p.w.kernel->lanes * sizeof(float));
+    p.thread_size          = tile_align(MAX_TILE * MAX_ROWS * p.w.kernel->lanes * sizeof(float));
     p.total                = p.n * p.act_size + n_tasks * p.thread_size;
     return true;
 }
@@ -57,13 +56,13 @@ void multiply_piece(const tiles_plan & p,
     const char *  rows   = p.w.data + row * p.w.row_size;
     const int64_t stride = dst->nb[1] / sizeof(float);
     for (int64_t t = 0; t < p.n;) {
-        const int64_t n = union_tile_size(p.n - t, p.w.kernel->tile);
-        const void *  act[UNION_MAX_TILE];
+        const int64_t n = next_tile(p.n - t, p.w.kernel->tile);
+        const void *  act[MAX_TILE];
         for (int64_t i = 0; i < n; i++) {
             act[i] = acts + (t + i) * p.act_size;
         }
         // the tiles after the first find the rows in the cache
-        union_multiply_rows(p.w, rows, n_rows, act, n, lanes, (float *) dst->data + t * stride + row, stride, t == 0);
+        tile_multiply_rows(p.w, rows, n_rows, act, n, lanes, (float *) dst->data + t * stride + row, stride, t == 0);
         t += n;
     }
 }
@@ -80,7 +79,7 @@ bool ggml_compute_forward_token_tiles(const ggml_compute_params * params, ggml_t
     if (!plan_get(dst, params->nth, p) || (params->use_ref && !p.w.packed)) {
         return false;
     }
-    char *    work  = (char *) union_align((size_t) params->wdata);
+    char *    work  = (char *) tile_align((size_t) params->wdata);
     float *   lanes = (float *) (work + p.n * p.act_size + params->ith * p.thread_size);
     const int ith   = params->ith;
     const int nth   = params->nth;
@@ -93,7 +92,7 @@ bool ggml_compute_forward_token_tiles(const ggml_compute_params * params, ggml_t
     const int64_t first    = n_blocks * ith / nth * p.w.act_block;
     const int64_t end      = n_blocks * (ith + 1) / nth * p.w.act_block;
     for (int64_t t = 0; t < p.n && first < end; t++) {
-        const float * x = union_row(dst->src[1], t);
+        const float * x = tile_row(dst->src[1], t);
         p.w.kernel->act_pack(p.w, p.w.k, first, end - first, x + first, 1.0f, work + t * p.act_size);
     }
     ggml_barrier(params->threadpool);

@@ -42,15 +42,6 @@ inline union_op union_op_get(const ggml_tensor * dst) {
     return op;
 }
 
-// a matrix of floats whose rows may lie apart
-inline const float * union_row(const ggml_tensor * t, int64_t row) {
-    return (const float *) ((const char *) t->data + row * t->nb[1]);
-}
-
-inline size_t union_align(size_t size) {
-    return GGML_PAD(size, 64);
-}
-
 inline bool union_act_has_norm(ggml_union_act act) {
     return act == GGML_UNION_ACT_NORM_SILU || act == GGML_UNION_ACT_NORM_SILU_NOMEAN;
 }

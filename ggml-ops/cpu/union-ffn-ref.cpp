@@ -2,6 +2,7 @@
 // params->use_ref, and what test-backend-ops compares the fast kernels with.
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
+#include "tile-kernels.h"
 #include "union-ffn-op.h"
 #include "union-ffn.h"
 
@@ -66,7 +67,7 @@ void ref_expert(const union_op & op, int64_t e, float score, const float * x, do
 
 size_t union_ref_scratch_size(const union_op & op) {
     const size_t wide = (size_t) std::max(op.n_embd, op.d);
-    return union_align((wide + 2 * op.d) * sizeof(float)) + union_align(op.n_embd * sizeof(double));
+    return tile_align((wide + 2 * op.d) * sizeof(float)) + tile_align(op.n_embd * sizeof(double));
 }
 
 void ggml_compute_forward_union_ffn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -78,13 +79,13 @@ void ggml_compute_forward_union_ffn_ref(const ggml_compute_params * params, ggml
     const size_t wide = (size_t) std::max(op.n_embd, op.d);
     ref_scratch  s;
     s.y    = (double *) base;
-    s.row  = (float *) (base + union_align(op.n_embd * sizeof(double)));
+    s.row  = (float *) (base + tile_align(op.n_embd * sizeof(double)));
     s.z    = s.row + wide;
     s.gate = s.z + op.d;
 
     for (int64_t t = params->ith; t < op.n_tokens; t += params->nth) {
-        const float * x      = union_row(op.x, t);
-        const float * scores = union_row(op.scores, t);
+        const float * x      = tile_row(op.x, t);
+        const float * scores = tile_row(op.scores, t);
         float *       y      = (float *) ((char *) dst->data + t * dst->nb[1]);
         const double  mean   = op.act_mean ? dot(op.act_mean, x, op.n_embd) : 0.0;
 

@@ -26,16 +26,16 @@ constexpr int64_t DOWN_CHUNK_STEP = 32;
 
 // what one block of tokens needs, laid out in the work buffer
 struct union_plan {
-    union_op     op;
-    union_weight up, gate, down;
-    bool         gate_own_act;                      // gate reads another activation format than up
-    int64_t      block;                             // most tokens per block
-    int64_t      up_chunk;                          // rows of d per piece
-    int64_t      down_chunk;                        // rows of n_embd per piece
-    size_t       x_size, gate_x_size, hidden_size;  // bytes of one packed row
-    size_t       thread_size;                       // bytes of scratch per thread
-    size_t       at_tokens, at_pair_score, at_mean, at_x, at_gate_x, at_hidden, at_threads;  // offsets
-    size_t       total;
+    union_op    op;
+    tile_weight up, gate, down;
+    bool        gate_own_act;                      // gate reads another activation format than up
+    int64_t     block;                             // most tokens per block
+    int64_t     up_chunk;                          // rows of d per piece
+    int64_t     down_chunk;                        // rows of n_embd per piece
+    size_t      x_size, gate_x_size, hidden_size;  // bytes of one packed row
+    size_t      thread_size;                       // bytes of scratch per thread
+    size_t      at_tokens, at_pair_score, at_mean, at_x, at_gate_x, at_hidden, at_threads;  // offsets
+    size_t      total;
 };
 
 // the head of the work buffer; arrays follow
@@ -61,10 +61,10 @@ int64_t plan_down_chunk(const union_plan & p, int n_tasks) {
 
 size_t plan_thread_size(const union_plan & p) {
     const int64_t lanes = std::max(p.up.kernel->lanes, p.op.gate ? p.gate.kernel->lanes : 1);
-    const size_t  up    = UNION_MAX_TILE * p.up_chunk * (lanes + 2) * sizeof(float);
+    const size_t  up    = MAX_TILE * p.up_chunk * (lanes + 2) * sizeof(float);
     // the largest chunk for any number of threads, since fewer may come than were planned
     const size_t  down  = std::max(ACC_LIMIT, p.block * DOWN_CHUNK_STEP * p.down.kernel->lanes * sizeof(float));
-    return union_align(std::max(up, down));
+    return tile_align(std::max(up, down));
 }
 
 bool union_plan_get(const ggml_tensor * dst, int n_tasks, union_plan & p) {
@@ -72,8 +72,8 @@ bool union_plan_get(const ggml_tensor * dst, int n_tasks, union_plan & p) {
         return false;
     }
     p.op = union_op_get(dst);
-    if (!union_weight_get(p.op.up, &p.up) || !union_weight_get(p.op.down, &p.down) ||
-        (p.op.gate && !union_weight_get(p.op.gate, &p.gate))) {
+    if (!tile_weight_get(p.op.up, &p.up) || !tile_weight_get(p.op.down, &p.down) ||
+        (p.op.gate && !tile_weight_get(p.op.gate, &p.gate))) {
         return false;
     }
     const union_op & op = p.op;
@@ -89,10 +89,10 @@ bool union_plan_get(const ggml_tensor * dst, int n_tasks, union_plan & p) {
     p.down_chunk = plan_down_chunk(p, n_tasks);
 
     const size_t pairs = (size_t) p.block * op.n_expert;
-    p.at_tokens        = union_align(sizeof(union_lists) + (3 * op.n_expert + 1) * sizeof(int32_t));
-    p.at_pair_score    = p.at_tokens + union_align(pairs * sizeof(int32_t));
-    p.at_mean          = p.at_pair_score + union_align(pairs * sizeof(float));
-    p.at_x             = p.at_mean + union_align(p.block * sizeof(float));
+    p.at_tokens        = tile_align(sizeof(union_lists) + (3 * op.n_expert + 1) * sizeof(int32_t));
+    p.at_pair_score    = p.at_tokens + tile_align(pairs * sizeof(int32_t));
+    p.at_mean          = p.at_pair_score + tile_align(pairs * sizeof(float));
+    p.at_x             = p.at_mean + tile_align(p.block * sizeof(float));
     p.at_gate_x        = p.at_x + p.block * p.x_size;
     p.at_hidden        = p.at_gate_x + p.block * p.gate_x_size;
     p.at_threads       = p.at_hidden + pairs * p.hidden_size;
@@ -141,7 +141,7 @@ void list_pairs(const union_run & run) {
     int32_t *     cursor   = run.cursor();  // pairs of every expert, then where its next pair goes
     memset(cursor, 0, n_expert * sizeof(int32_t));
     for (int64_t t = 0; t < run.n; t++) {
-        const float * scores = union_row(run.p.op.scores, run.t0 + t);
+        const float * scores = tile_row(run.p.op.scores, run.t0 + t);
         for (int64_t e = 0; e < n_expert; e++) {
             cursor[e] += scores[e] != 0.0f;
         }
@@ -159,7 +159,7 @@ void list_pairs(const union_run & run) {
     run.first()[n_active] = pair;
     run.n_active()        = n_active;
     for (int64_t t = 0; t < run.n; t++) {
-        const float * scores = union_row(run.p.op.scores, run.t0 + t);
+        const float * scores = tile_row(run.p.op.scores, run.t0 + t);
         for (int64_t e = 0; e < n_expert; e++) {
             if (scores[e] != 0.0f) {
                 const int32_t at     = cursor[e]++;
@@ -192,7 +192,7 @@ void gather(const union_run & run) {
         list_pairs(run);
     }
     for (int64_t t = run.params->ith; t < run.n; t += run.params->nth) {
-        const float * x = union_row(p.op.x, run.t0 + t);
+        const float * x = tile_row(p.op.x, run.t0 + t);
         p.up.kernel->act_pack(p.up, p.op.n_embd, 0, p.op.n_embd, x, 1.0f, run.x(t));
         if (p.gate_own_act) {
             p.gate.kernel->act_pack(p.gate, p.op.n_embd, 0, p.op.n_embd, x, 1.0f, run.gate_x(t));
@@ -235,21 +235,21 @@ void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int6
     const union_plan & p     = run.p;
     const int64_t      e     = run.active()[i];
     float *            lanes = run.scratch();
-    float *            z     = lanes + (p.thread_size / sizeof(float) - 2 * UNION_MAX_TILE * p.up_chunk);
-    float *            gate  = z + UNION_MAX_TILE * p.up_chunk;
+    float *            z     = lanes + (p.thread_size / sizeof(float) - 2 * MAX_TILE * p.up_chunk);
+    float *            gate  = z + MAX_TILE * p.up_chunk;
 
-    const void * x[UNION_MAX_TILE];
+    const void * x[MAX_TILE];
     for (int64_t t = 0; t < n; t++) {
         x[t] = run.x(run.tokens()[pair + t]);
     }
     const char * rows = p.up.data + e * p.up.expert_size + row * p.up.row_size;
-    union_multiply_rows(p.up, rows, n_rows, x, n, lanes, z, n_rows, cold);
+    tile_multiply_rows(p.up, rows, n_rows, x, n, lanes, z, n_rows, cold);
     if (p.op.gate) {
         for (int64_t t = 0; t < n; t++) {
             x[t] = run.gate_x(run.tokens()[pair + t]);
         }
         rows = p.gate.data + e * p.gate.expert_size + row * p.gate.row_size;
-        union_multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, n_rows, cold);
+        tile_multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, n_rows, cold);
     }
     for (int64_t t = 0; t < n; t++) {
         float * u = z + t * n_rows;
@@ -281,7 +281,7 @@ int64_t up_phase(const union_run & run) {
         const int64_t end    = run.first()[i + 1];
         bool          cold   = true;  // the tiles after the first find the rows in the cache
         for (int64_t pair = run.first()[i]; pair < end;) {
-            const int64_t n = union_tile_size(end - pair, tile);
+            const int64_t n = next_tile(end - pair, tile);
             up_tile(run, i, row, n_rows, pair, n, cold);
             cold = false;
             pair += n;
@@ -305,9 +305,9 @@ void down_piece(const union_run & run, int64_t row, int64_t n_rows) {
                                  nullptr;
         const int64_t end  = run.first()[i + 1];
         for (int64_t pair = run.first()[i]; pair < end;) {
-            const int64_t n = union_tile_size(end - pair, p.down.kernel->tile);
-            const void *  act[UNION_MAX_TILE];
-            float *       sums[UNION_MAX_TILE];
+            const int64_t n = next_tile(end - pair, p.down.kernel->tile);
+            const void *  act[MAX_TILE];
+            float *       sums[MAX_TILE];
             for (int64_t t = 0; t < n; t++) {
                 act[t]  = run.hidden(pair + t);
                 sums[t] = acc + run.tokens()[pair + t] * step;
@@ -383,7 +383,7 @@ void ggml_compute_forward_union_ffn(const ggml_compute_params * params, ggml_ten
         ggml_compute_forward_union_ffn_ref(params, dst);
         return;
     }
-    char * work = (char *) union_align((size_t) params->wdata);
+    char * work = (char *) tile_align((size_t) params->wdata);
     GGML_ASSERT(work + p.total <= (char *) params->wdata + params->wsize);
 
     for (int64_t t0 = 0; t0 < p.op.n_tokens; t0 += p.block) {
