@@ -34,9 +34,9 @@ std::unique_ptr<llm_graph_context> llama_model_blockffn::build_arch_graph(const 
     return std::make_unique<graph>(*this, params);
 }
 
-llama_model_blockffn::graph::graph(const llama_model & model, const llm_graph_params & params) :
-    llm_graph_context(params) {
-    const auto & bf = hparams.blockffn;
+llama_model_blockffn::graph::graph(const llama_model_blockffn & model, const llm_graph_params & params) :
+    llm_graph_context(params),
+    bf(model.blockffn) {
     if (bf.rope_dynamic_factor > 0.0f && cparams.n_ctx_seq > hparams.n_ctx_train) {
         throw std::runtime_error("this model scales RoPE dynamically beyond its trained context of " +
                                  std::to_string(hparams.n_ctx_train) +
@@ -107,7 +107,7 @@ ggml_tensor * llama_model_blockffn::graph::build_mla(const llama_layer &      la
     const int64_t n_k     = hparams.n_embd_head_k_mla();
     const int64_t n_nope  = n_k - n_rot;
     const int64_t kv_rank = hparams.n_lora_kv;
-    const float   eps     = hparams.blockffn.lora_rms_eps;
+    const float   eps     = bf.lora_rms_eps;
 
     ggml_tensor * q = build_lora_mm(layer.wq_a, cur);
     q               = ggml_mul(ctx0, ggml_rms_norm(ctx0, q, eps), layer.attn_q_a_norm);
@@ -196,7 +196,6 @@ static bool has_lora(const llama_adapter_loras & loras, const llama_layer & laye
 // which watches matrix products), not with an adapter, whose products only the dense graph has, and only where the
 // device of the weights knows the op.
 bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_tensor * cur) {
-    const auto & bf = hparams.blockffn;
     if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || has_lora(*loras, layer)) {
         return false;
     }
@@ -214,7 +213,6 @@ bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_
 ggml_tensor * llama_model_blockffn::graph::build_union(const llama_layer & layer,
                                                        ggml_tensor *       cur,
                                                        ggml_tensor *       scores) {
-    const auto & bf = hparams.blockffn;
     return ggml_union_ffn(ctx0, cur, layer.ffn_up_exps, layer.ffn_gate_exps, layer.ffn_down_exps, scores,
                           layer.ffn_act_mean, layer.ffn_act_norm, (enum ggml_union_act) bf.activation,
                           bf.activation_eps);
@@ -238,7 +236,6 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
                                                                                ggml_tensor *       cur,
                                                                                bool                sparse,
                                                                                int                 il) {
-    const auto &  bf      = hparams.blockffn;
     ggml_tensor * logits  = build_lora_mm(layer.ffn_gate_inp, cur);  // [n_expert, n_tokens]
     ggml_tensor * product = logits;
     while (product->op == GGML_OP_ADD) {                             // of an adapter
@@ -265,8 +262,6 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
 // The same through stock ops.
 llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router_dense(const llama_layer & layer,
                                                                                      ggml_tensor *       logits) {
-    const auto & bf = hparams.blockffn;
-
     ggml_tensor * active = ggml_relu(ctx0, logits);
     if (layer.ffn_exp_probs_b && bf.router_bias != BLOCKFFN_ROUTER_BIAS_NONE) {
         // the bias only selects: the score stays that of the logit itself
@@ -311,7 +306,7 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(const llama_layer
                                                                ggml_tensor *       cur,
                                                                ggml_tensor *       scores,
                                                                int                 il) {
-    const bool    flat = hparams.blockffn.dense_layout;
+    const bool    flat = bf.dense_layout;
     const int64_t d    = hparams.n_ff_exp();
     const int64_t n    = cur->ne[1];
 
@@ -352,7 +347,6 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(const llama_layer
 ggml_tensor * llama_model_blockffn::graph::build_activation(const llama_layer & layer,
                                                             ggml_tensor *       z,
                                                             ggml_tensor *       cur) {
-    const auto & bf = hparams.blockffn;
     if (layer.ffn_act_mean) {
         // mean over the projections of all experts: one dot product with the mean row
         ggml_tensor * mean = ggml_mul_mat(ctx0, layer.ffn_act_mean, cur);  // [1, n]
@@ -380,7 +374,7 @@ ggml_tensor * llama_model_blockffn::graph::build_plain_ffn(ggml_tensor * up,
                                                            ggml_tensor * cur,
                                                            int           il) {
     const auto act = [&](ggml_tensor * z) {
-        switch (hparams.blockffn.dense_act) {
+        switch (bf.dense_act) {
             case BLOCKFFN_ACTIVATION_RELU:
                 return ggml_relu(ctx0, z);
             case BLOCKFFN_ACTIVATION_GELU:
@@ -390,7 +384,7 @@ ggml_tensor * llama_model_blockffn::graph::build_plain_ffn(ggml_tensor * up,
         }
     };
     ggml_tensor * z = build_lora_mm(up, cur);
-    if (gate && hparams.blockffn.dense_act == BLOCKFFN_ACTIVATION_SILU) {
+    if (gate && bf.dense_act == BLOCKFFN_ACTIVATION_SILU) {
         z = ggml_swiglu_split(ctx0, build_lora_mm(gate, cur), z);
     } else {
         z = gate ? ggml_mul(ctx0, act(build_lora_mm(gate, cur)), z) : act(z);

@@ -1,6 +1,6 @@
 #pragma once
 
-// Hyper-parameters that only BlockFFN and DECO models have; docs/gguf.md lists their keys. Part of llama_hparams.
+// Hyper-parameters that only BlockFFN and DECO models have; docs/gguf.md lists their keys. Part of llama_model_blockffn.
 
 #include <cstdint>
 

@@ -46,7 +46,7 @@ static T get_named(llama_model_loader & ml, enum llm_kv key, const char * const 
 //
 
 void llama_model_blockffn::load_arch_hparams(llama_model_loader & ml) {
-    auto & bf = hparams.blockffn;
+    auto & bf = blockffn;
 
     check_hparams(ml);
     blockffn_get_epsilon(ml, LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
@@ -114,7 +114,7 @@ void llama_model_blockffn::check_mla(llama_model_loader & ml) const {
 }
 
 void llama_model_blockffn::load_expert_hparams(llama_model_loader & ml) {
-    auto & bf = hparams.blockffn;
+    auto & bf = blockffn;
 
     ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
     blockffn_same_in_all_layers(ml, hparams, LLM_KV_EXPERT_FEED_FORWARD_LENGTH, &llama_hparams::n_ff_exp);
@@ -181,7 +181,7 @@ void llama_model_blockffn::load_attention(llama_model_loader & ml, llama_layer &
 
 void llama_model_blockffn::load_ffn(llama_model_loader & ml, llama_layer & layer, int il) {
     LLAMA_LOAD_LOCALS;
-    const auto &  bf       = hparams.blockffn;
+    const auto &  bf       = blockffn;
     const int64_t n_dense  = hparams.n_ff(il);
     const int64_t d        = hparams.n_ff_exp();
     const int64_t n_shared = hparams.n_ff_shexp;

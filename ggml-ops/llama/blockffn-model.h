@@ -3,6 +3,7 @@
 // BlockFFN (arXiv 2507.08771), DECO (arXiv 2605.10933), their dense twins and ReMoE as one llama.cpp model.
 // docs/gguf.md lists the keys and tensors.
 
+#include "blockffn-hparams.h"
 #include "blockffn-load.h"
 
 struct llama_model_blockffn : public blockffn_model_base {
@@ -14,6 +15,8 @@ struct llama_model_blockffn : public blockffn_model_base {
     std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;
 
     struct graph;
+
+    blockffn_hparams blockffn;  // beside hparams
 
   private:
     void check_mla(llama_model_loader & ml) const;
@@ -27,9 +30,11 @@ void blockffn_hint_token_tiles(ggml_cgraph * gf);
 
 // One graph of the decoder. FFN layers: dense (n_ff > 0), or routed experts through the union op or through stock ops.
 struct llama_model_blockffn::graph : public llm_graph_context {
-    graph(const llama_model & model, const llm_graph_params & params);
+    graph(const llama_model_blockffn & model, const llm_graph_params & params);
 
   private:
+    const blockffn_hparams & bf;
+
     struct routing {
         ggml_tensor * scores;  // [n_expert, n_tokens]
         ggml_tensor * active;  // [n_expert, n_tokens], nonzero where the expert is active

@@ -124,12 +124,16 @@ void blockffn_stats_enable(llama_context * ctx, bool enable) {
 
 bool blockffn_active_experts(llama_context * ctx, int32_t i_layer, int32_t i_token, uint8_t * out) {
     ctx->synchronize();
-    return ctx->get_expert_stats().active(i_layer, i_token, out);
+    const auto * stats = ctx->get_expert_stats();
+    return stats && stats->active(i_layer, i_token, out);
 }
 
 void blockffn_stats(llama_context * ctx, int64_t * n_evals, int64_t * n_rows, int64_t * n_pairs, int64_t * n_union) {
     ctx->synchronize();
-    const auto & layers = ctx->get_expert_stats().layers();
+    if (!ctx->get_expert_stats()) {
+        return;
+    }
+    const auto & layers = ctx->get_expert_stats()->layers();
     for (size_t i = 0; i < layers.size(); ++i) {
         if (n_evals) {
             n_evals[i] = layers[i].n_evals;
@@ -147,5 +151,7 @@ void blockffn_stats(llama_context * ctx, int64_t * n_evals, int64_t * n_rows, in
 }
 
 void blockffn_stats_reset(llama_context * ctx) {
-    ctx->get_expert_stats().reset();
+    if (auto * stats = ctx->get_expert_stats()) {
+        stats->reset();
+    }
 }
