@@ -1,4 +1,4 @@
-"""ctypes declarations of what our libllama offers beyond llama_cpp (ggml-ops/llama/blockffn-stats.h, patches), and of gguf.h.
+"""ctypes declarations of what our libllama adds (ggml-ops/llama/blockffn-stats.h, patches), and of gguf.h.
 
 >>> from blockffn import _capi
 >>> _capi.read_header("model.gguf")        # doctest: +SKIP
