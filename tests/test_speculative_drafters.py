@@ -9,7 +9,7 @@ import pytest
 
 from blockffn.errors import BlockffnError
 from blockffn.speculative import Combination, Context, Draft, Drafter, ModelDrafter, NGramDrafter, ScriptedDrafter
-from blockffn.speculative.draft import EMPTY
+from blockffn.speculative.draft import EMPTY, PLAIN, Plan, Step
 from blockffn.speculative.rows import Rows
 from blockffn.speculative.scripted import guesses
 from blockffn.speculative.stats import Statistics
@@ -222,10 +222,10 @@ def test_rows_are_indexed_by_place() -> None:
 
 def test_statistics_add_up() -> None:
     stats = Statistics()
-    stats.add_step(3, 2, True, 3, "ngram")
-    stats.add_step(0, 0, True)
-    stats.add_step(9, 3, False, 3, "eagle")
-    stats.add_evaluation(4, 0.01, 5.0)
+    tree = Draft.tree(range(9), [-1, -1, -1, 0, 0, 0, 3, 3, 3], "eagle")
+    stats.add(Step(Plan(3), 3, Draft.chain([7, 8, 9], "ngram"), path=[0, 1], verify_seconds=0.01, union=5.0))
+    stats.add(Step(PLAIN))
+    stats.add(Step(Plan(9, True), 9, tree, path=[0, 3, 6]))
     found = stats.as_dict()
     assert found["steps"] == 3 and found["plain_steps"] == 1 and found["tree_steps"] == 1
     assert found["drafted_by_position"] == [2, 2, 2] and found["accepted_by_position"] == [2, 2, 1]

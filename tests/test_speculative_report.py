@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_llama import N_VOCAB
 
@@ -18,6 +19,7 @@ import blockffn
 from blockffn import cli
 from blockffn.commands.speculation import lines, summary
 from blockffn.speculative import Context, Draft, ScriptedDrafter, drafter
+from blockffn.speculative.draft import Plan, Step
 from blockffn.speculative.stats import Statistics
 
 
@@ -25,7 +27,9 @@ def figures(*steps: tuple[int, int, bool], **changes: Any) -> dict[str, Any]:
     """Statistics of steps given as (drafted, accepted, chain)."""
     statistics = Statistics()
     for drafted, accepted, chain in steps:
-        statistics.add_step(drafted, accepted, chain, depth=2, source="ngram" if chain else "eagle")
+        parents = np.arange(drafted) - 1 if chain else np.minimum(np.arange(drafted) - 1, 0)  # a tree of two levels
+        draft = Draft(np.zeros(drafted, np.int32), parents, chain, "ngram" if chain else "eagle")
+        statistics.add(Step(Plan(drafted, not chain), drafted, draft, path=list(range(accepted))))
     return statistics.as_dict() | changes
 
 

@@ -53,18 +53,18 @@ class TimedPolicy(Policy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokens = 0  # sampled in this segment, counted by the caller
-        self._limit, self._first, self._started = 0, 0, 0.0
+        self._wanted, self._first, self._started = 0, 0, 0.0
 
-    def begin(self, limit: int) -> None:
+    def begin_segment(self, limit: int) -> None:
         """Start a segment of at least `limit` tokens."""
-        self.tokens, self._limit, self._started = 0, limit, 0.0
+        self.tokens, self._wanted, self._started = 0, limit, 0.0
 
     def plan(self) -> Plan:
         """Return the plan of the next step, or end the segment."""
         now = time.perf_counter()
         if not self._started:
             self._first, self._started = self.tokens, now
-        elif self.tokens - self._first >= self._limit:
+        elif self.tokens - self._first >= self._wanted:
             self.measured = self.tokens - self._first, now - self._started
             raise Ended
         return super().plan()
@@ -89,7 +89,7 @@ class Candidate:
         """Decode the segment of the text that follows its first `start` tokens."""
         policy = self.loop.policy
         assert isinstance(policy, TimedPolicy)
-        policy.begin(length)
+        policy.begin_segment(length)
 
         def follow(_row: int, logits: Any) -> int:
             logits.argmax()  # what greedy decoding does

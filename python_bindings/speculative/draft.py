@@ -1,4 +1,6 @@
-"""What a drafter proposes: a chain or a tree of tokens that may follow the verified text.
+"""What is asked of a drafter (`Plan`), what it proposes (`Draft`), and what became of it (`Step`).
+
+A draft is a chain or a tree of tokens that may follow the verified text:
 
     >>> from blockffn.speculative.draft import Draft
     >>> chain = Draft.chain([7, 8, 9])
@@ -8,7 +10,9 @@
     >>> tree.is_chain, tree.depth().tolist()
     (False, [1, 1, 2])
 
-Parent -1 is the root: the last verified token, which is always evaluated together with the draft.
+Parent -1 is the root: the last verified token, which is always evaluated together with the draft. A step is one
+evaluation of the target: the loop fills the record from the plan to the accepted path and closes it once; then the
+policy and the statistics learn from it, and from nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +26,17 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
 ROOT = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draft in a step: so many nodes, as a chain or as a tree."""
+
+    nodes: int = 0
+    tree: bool = False
+
+
+PLAIN = Plan()
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,11 @@ class Draft:
             return self
         return Draft(self.tokens[:n], self.parents[:n], self.is_chain, self.source)
 
+    @property
+    def levels(self) -> int:
+        """How deep the draft is, 0 for an empty one."""
+        return len(self.tokens) if self.is_chain else int(self._depth.max())
+
     def depth(self) -> npt.NDArray[np.int32]:
         """Return the distance of each node from the root, int32 [n], from 1."""
         return self._depth
@@ -94,3 +114,35 @@ class Draft:
 
 
 EMPTY = Draft.chain([])
+
+
+@dataclass
+class Step:
+    """One evaluation of the target: what was asked, proposed and accepted, and where the time went, in seconds.
+
+    The caller's own time is in none of the parts. `plan` is None for the evaluation of a given text (the prompt, or
+    tokens that the caller sent): its last row gives one token, and nothing was drafted.
+    """
+
+    plan: Plan | None
+    asked: int = 0  # nodes asked of the drafter: those of the plan, fewer at the end of the context
+    draft: Draft = EMPTY
+    position: int = 0  # of the root in the text
+    path: list[int] = field(default_factory=list)  # accepted nodes, from the root down
+    tokens: int = 0  # sampled and given to the caller
+    complete: bool = False  # did the walk end where the draft did? Otherwise the caller or the end of the text cut it
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    loop_seconds: float = 0.0  # everything else inside the loop
+    union: float | None = None  # experts read, a mean over the layers
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes were verified."""
+        return len(self.draft)
+
+    @property
+    def accepted(self) -> int:
+        """How many of them were right."""
+        return len(self.path)

@@ -5,6 +5,8 @@ sampled from the target's logits at the current node; while the draft holds that
 token comes from the target's own distribution, and whatever has a memory (penalties, grammar, logits processors,
 the random generator) sees verified tokens only, one after another, exactly as in plain decoding.
 
+A step is one record (draft.py): `_step` opens it, `_walk` fills it, `_close` hands it to the policy and the statistics.
+
 `blockffn.llama` puts this loop under llama_cpp.Llama; tests/test_speculative_loop.py drives it directly.
 """
 
@@ -18,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from blockffn.speculative.decoder import Decoder, Floats
-from blockffn.speculative.draft import EMPTY, ROOT, Draft, Tokens
+from blockffn.speculative.draft import ROOT, Draft, Step, Tokens
 from blockffn.speculative.drafter import Context, Drafter
-from blockffn.speculative.policy import Plan, Policy
+from blockffn.speculative.policy import Policy
 from blockffn.speculative.rows import KeptRows
 from blockffn.speculative.stats import Statistics
 
@@ -81,12 +83,10 @@ class Loop:
         self.row: Floats | None = None  # the logits of the last verified token, [n_vocab], until the next evaluation
         self._logits: Floats = np.empty((0, 0), dtype=np.float32)  # outputs of the last evaluation, [rows, n_vocab]
         self._batch_row = 0  # the row of the batch that the first of them belongs to
-        self._plan: Plan | None = None  # of the step being verified; None for the prompt
         self._union_total = 0.0
-        self._last_step: tuple[int, float, float] | None = None  # tokens and seconds of the last evaluation, and the
-        # loop's own seconds before it: known in full when the next step begins
-        self._open: tuple[Text, Draft, list[int]] | None = None  # the draft being walked, its accepted nodes so far
+        self._open: tuple[Text, Step] | None = None  # the step whose draft is being walked
         self._owner: Text | None = None  # the text of the generation that may go on
+        self._accounted = 0.0  # the clock where the last step was closed: what follows belongs to the next one
 
     def run(
         self, prompt: Sequence[int], sampling: Sampling, kept: KeptRows | None = None
@@ -99,17 +99,17 @@ class Loop:
         text = Text(prompt, min(len(self.state.input_ids), self.state.n_ctx()))
         self.kept, self._owner = kept, text
         self._begin(text.tokens)
-        draft = EMPTY
+        step = self._text_step()
         while True:
-            sent = yield from self._walk(text, draft, sampling)
+            sent = yield from self._walk(text, step, sampling)
             if sent is None or (text.room < 0 and not sent):
                 return  # stopped, or the context cannot take the last token
             if sent:
                 text.append(sent)
                 self.evaluate(text.tokens[self.state.n_tokens :], text.tokens)
-                draft = EMPTY
+                step = self._text_step()
             else:
-                draft = self._step(text)
+                step = self._step(text)
 
     def settle(self) -> None:
         """End the step of a generator that was left at a token: the cache then holds the verified text and no more.
@@ -117,9 +117,8 @@ class Loop:
         The generator may go on.
         """
         if self._open is not None:
-            text, draft, path = self._open
-            self._open = None
-            self._finish(text, draft, path, False)
+            text, step = self._open
+            self._close(text, step, perf_counter())
 
     def end(self) -> None:
         """End the generation that was left at a token: the cache is about to be changed from outside."""
@@ -141,7 +140,6 @@ class Loop:
         state, target, kept = self.state, self.target, self.kept
         everything = kept is not None and kept.prompt
         target.truncate(state.n_tokens)
-        self._plan = None
         for start in range(0, len(tokens), target.batch.capacity):
             part = tokens[start : start + target.batch.capacity]
             last = slice(-1, None) if start + len(part) == len(tokens) else slice(0, 0)
@@ -160,8 +158,8 @@ class Loop:
         """Reuse the part of the cache that `prompt` begins with, evaluate the rest."""
         started = perf_counter()
         state = self.state
-        self.statistics, self._last_step = Statistics(), None
-        self.policy.times.begin()
+        self.statistics = Statistics()
+        self.policy.begin()
         known = state.input_ids[: min(state.n_tokens, len(prompt) - 1)]
         differs = np.flatnonzero(known != prompt[: len(known)])
         reuse = int(differs[0]) if len(differs) else len(known)
@@ -173,64 +171,51 @@ class Loop:
             reuse = min(reuse, self.kept.begin(len(prompt)))
         state.n_tokens = reuse = self.target.rewind(reuse)
         self.evaluate(prompt[reuse:], prompt)
-        self._union_total = self.union() if self.union else 0.0
         self.statistics.prompt_n, self.statistics.reused_n = len(prompt) - reuse, reuse
         self.statistics.prompt_seconds = perf_counter() - started
 
-    def _step(self, text: Text) -> Draft:
-        """Draft and evaluate: the last token of `text` is the root. Returns the draft that was evaluated."""
-        t0 = perf_counter()
-        self._learn_last_step()
-        plan = self.policy.plan()
-        wanted = min(plan.nodes, text.room, self.target.batch.capacity - 1)
+    def _text_step(self) -> Step:
+        """Return the open step of a text just evaluated: no draft, and the evaluation is in none of its parts."""
+        self._union_total = self.union() if self.union else 0.0
+        self._accounted = perf_counter()
+        return Step(None)
+
+    def _step(self, text: Text) -> Step:
+        """Plan, draft and evaluate: the last token of `text` is the root. Returns the open step."""
+        step = Step(self.policy.plan(), position=text.n - 1)
+        assert step.plan is not None
+        step.asked = min(step.plan.nodes, text.room, self.target.batch.capacity - 1)
         t1 = perf_counter()
-        draft = EMPTY
-        if wanted > 0:
-            draft = self.drafter.propose(Context(text.tokens, plan.tree), wanted).first(wanted)
+        if step.asked > 0:
+            step.draft = self.drafter.propose(Context(text.tokens, step.plan.tree), step.asked).first(step.asked)
         t2 = perf_counter()
-        first, root = text.n - 1, int(text.tokens[-1])
-        self.target.evaluate_draft(root, draft, first)
-        self._logits = self.target.logits(1 + len(draft))  # waits for the end of the evaluation
+        root = int(text.tokens[-1])
+        self.target.evaluate_draft(root, step.draft, step.position)
+        self._logits = self.target.logits(1 + step.nodes)  # waits for the end of the evaluation
         t3 = perf_counter()
-        self._batch_row, self._plan = 0, plan
-        self.state.input_ids[first] = root
-        self.state.n_tokens = first + 1
-        self._last_step = 1 + len(draft), t3 - t2, self.statistics.loop_seconds
-        self._learn_times(plan, len(draft), t2 - t1, t3 - t2)
-        self.statistics.loop_seconds += (t1 - t0) + (perf_counter() - t3)
-        return draft
-
-    def _learn_last_step(self) -> None:
-        """Tell the policy what the last step took: its evaluation, and the loop's own work for it."""
-        if self._last_step is not None:
-            size, verifying, before = self._last_step
-            self.policy.times.add(size, verifying + self.statistics.loop_seconds - before)
-            self._last_step = None
-
-    def _learn_times(self, plan: Plan, nodes: int, drafting: float, verifying: float) -> None:
-        union = None
+        self._batch_row = 0
+        self.state.input_ids[step.position] = root
+        self.state.n_tokens = step.position + 1
         if self.union is not None:
             total = self.union()
-            union, self._union_total = total - self._union_total, total
-        self.statistics.draft_seconds += drafting
-        self.statistics.add_evaluation(1 + nodes, verifying, union)
-        if nodes:
-            self.policy.draft_times[plan.tree].add(nodes, drafting)
+            step.union, self._union_total = total - self._union_total, total
+        step.draft_seconds, step.verify_seconds = t2 - t1, t3 - t2
+        step.loop_seconds, self._accounted = t1 - self._accounted, t3
+        return step
 
     def _walk(
-        self, text: Text, draft: Draft, sampling: Sampling
+        self, text: Text, step: Step, sampling: Sampling
     ) -> Generator[int, Sequence[int] | None, Sequence[int] | None]:
         """Yield the tokens of one evaluation; return what the caller sent, None to end the generation.
 
         Closing the generator in the middle keeps what was verified so far.
         """
-        state, statistics, logits, batch_row = self.state, self.statistics, self._logits, self._batch_row
-        started = perf_counter()
+        state, logits, batch_row, draft = self.state, self._logits, self._batch_row, step.draft
+        started = self._accounted
         tokens = draft.tokens.tolist()
         children = None if draft.is_chain else _children(draft, tokens)
-        path: list[int] = []
-        node, complete = ROOT, False
-        mine = self._open = (text, draft, path)
+        node = ROOT
+        mine = self._open = (text, step)
         try:
             while True:
                 sample_started = perf_counter()
@@ -239,49 +224,52 @@ class Loop:
                     self.kept.put(state.n_tokens - 1, row)
                 token = sampling.sample(batch_row + 1 + node, row)
                 sampled = perf_counter()
-                statistics.sample_seconds += sampled - sample_started
+                step.sample_seconds += sampled - sample_started
                 if sampling.stop is not None and sampling.stop(state.input_ids[: state.n_tokens], row):
                     return None
                 text.append((token,))
                 child = _child(children, tokens, node, token)
-                complete = child is None
-                statistics.loop_seconds += perf_counter() - sampled + sample_started - started
-                statistics.predicted_n += 1
+                step.complete = child is None
+                step.loop_seconds += perf_counter() - sampled + sample_started - started
+                step.tokens += 1
                 try:
                     sent = yield token
                 finally:
                     started = perf_counter()  # the caller's time is left out, also when it closes the generator
                 if self._owner is not text:
                     raise RuntimeError("this generation was ended by another one on the same model, or by its reset")
-                if self._open is not mine or sent or child is None or sampling.is_end(token):
+                if self._open is not mine:  # settled meanwhile
+                    self._accounted = started
                     return sent or ()
-                path.append(child)
+                if sent or child is None or sampling.is_end(token):
+                    return sent or ()
+                step.path.append(child)
                 node = child
                 state.input_ids[state.n_tokens] = token
                 state.n_tokens += 1
         finally:
             if self._open is mine:
-                self._open = None
-                self._finish(text, draft, path, complete)
-            statistics.loop_seconds += perf_counter() - started
+                self._close(text, step, started)
 
-    def _finish(self, text: Text, draft: Draft, path: list[int], complete: bool) -> None:
-        """Keep the accepted path, forget the rest of the draft, learn from it."""
-        if self._plan is None:
-            return
-        nodes, accepted = len(draft), len(path)
-        if self.drafter.wants_hidden:
-            states = self.target.hidden()
-            rows = states[: 1 + accepted] if draft.is_chain else states[[0, *(1 + node for node in path)]]
-            self.drafter.hidden(text.tokens, self.target.first, rows)  # n_tokens may have been set from outside
-        self.target.keep(path, nodes)
-        depth = nodes if draft.is_chain else int(draft.depth().max())
-        self.statistics.add_step(nodes, accepted, draft.is_chain, depth, draft.source)
-        if complete:
-            self.policy.observe(self._plan, nodes, depth, accepted)
-            self.statistics.switched_off = self.policy.switched_off
-            self.statistics.switched_off_reason = self.policy.reason
-            self.drafter.observe(nodes, accepted)
+    def _close(self, text: Text, step: Step, started: float) -> None:
+        """Keep the accepted path, forget the rest of the draft; policy, statistics and drafter learn from the step.
+
+        `started`: the clock since when the loop's own time was not booked.
+        """
+        self._open = None
+        if step.plan is not None:
+            if self.drafter.wants_hidden:
+                states, path = self.target.hidden(), step.path
+                rows = states[: 1 + len(path)] if step.draft.is_chain else states[[0, *(1 + node for node in path)]]
+                self.drafter.hidden(text.tokens, step.position, rows)
+            self.target.keep(step.path, step.nodes)
+            if step.complete:
+                self.drafter.observe(step.nodes, step.accepted)
+        self._accounted = perf_counter()
+        step.loop_seconds += self._accounted - started
+        self.policy.learn(step)
+        self.statistics.add(step)
+        self.statistics.switched_off, self.statistics.switched_off_reason = self.policy.switched_off, self.policy.reason
 
 
 def _children(draft: Draft, tokens: list[int]) -> dict[tuple[int, int], int]:

@@ -18,14 +18,15 @@ given that those before it were. `TreeGain`: how many tokens a tree of some size
 
 from __future__ import annotations
 
-import math
 from bisect import bisect, bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from blockffn.speculative.draft import Plan, Step
 
 KEPT = 30  # measurements of one size that count,
 RECENT = 200  # if they are not older than so many steps: a longer context slows large steps more than small ones
-BLEND = 2.0  # how many measurements the line between the neighbouring sizes counts for
 CLOCK = 1e-9  # seconds; nothing takes less
 FOLLOW, LEAP = 0.6, 1.05  # share of a step's surprise that is put down to the machine; what counts of it at most: what
 # disturbs a step makes it longer, never shorter, and the pace would creep up with every outlier
@@ -33,8 +34,6 @@ PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part 
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
 MEMORY = 24.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
 POSITION_WEIGHT = 20.0  # how many observations the position before counts for
-TREE_WEIGHT = 2.0  # the same for the tokens that a tree gives
-TREE_MEMORY = 400.0  # drafted steps after which evidence about trees counts for a third
 
 
 def median(values: deque[float]) -> float:
@@ -98,14 +97,14 @@ class StepTimes:
         self._pace = self._pace or seconds
         relative = seconds / self._pace
         if tokens not in self._of:
-            self._of[tokens] = Size()
+            self._of[tokens] = Size(steady=not first)  # a size may be forgotten while it is used
             insort(self._sizes, tokens)
         size = self._of[tokens]
         if size.steady:
-            if first:
+            if first and size.last:
                 self._extra.append(relative - size.median)
                 return
-            surprise = relative / size.median
+            surprise = relative / (size.median or relative)
             self._pace *= min(max(surprise, 1 / LEAP), LEAP) ** FOLLOW
         elif not first:
             self._extra.append(size.last[-1] - relative)
@@ -132,7 +131,7 @@ class StepTimes:
         if known is None:
             return self._pace * line
         count = len(known.last)
-        return self._pace * (count * known.median + BLEND * line) / (count + BLEND)
+        return self._pace * (count * known.median + PRIOR_WEIGHT * line) / (count + PRIOR_WEIGHT)
 
     def _line(self, low: int, high: int, tokens: int) -> float:
         """Return the relative time on the line through two measured sizes."""
@@ -151,10 +150,14 @@ class StepTimes:
 
 
 class Acceptance:
-    """How often the i-th token of a draft is right when those before it were, with old steps forgotten."""
+    """How often the i-th token of a draft is right when those before it were, with old drafts forgotten.
 
-    def __init__(self, positions: int, memory: float = MEMORY) -> None:
-        self._keep = 1.0 - 1.0 / memory
+    The same counts how often a source gives an i-th token when it gave those before it (`first` = `lean` = 1).
+    """
+
+    def __init__(self, positions: int, first: float = PRIOR_RATE, lean: float = POSITION_WEIGHT) -> None:
+        self._first, self._lean = first, lean  # the rate before any measurement; weight of the position before
+        self._keep = 1.0 - 1.0 / MEMORY
         self._tried = [0.0] * positions
         self._right = [0.0] * positions
         self._prior = PRIOR_WEIGHT  # forgotten like all evidence
@@ -166,25 +169,17 @@ class Acceptance:
             self._tried[position] = self._tried[position] * self._keep + 1.0
             self._right[position] = self._right[position] * self._keep + (position < accepted)
 
-    def rate(self, position: int) -> float:
-        """Return the conditional acceptance at `position` (from 0)."""
-        return self.rates()[position]
-
-    def rates(self, hope: float = 0.0) -> list[float]:
-        """Return the conditional acceptance of every position, each shrunk towards that of the position before.
-
-        `hope`: so many standard errors above the mean.
-        """
-        expected, weight, rates, total = PRIOR_RATE, self._prior, [], sum(self._tried)
+    def rates(self) -> list[float]:
+        """Return the conditional acceptance of every position (from 0), each shrunk towards the position before."""
+        expected, weight, rates = self._first, self._prior, []
         for right, tried in zip(self._right, self._tried, strict=True):
             expected = (right + weight * expected) / (tried + weight)
-            error = math.sqrt(expected * (1.0 - expected) / (total + weight)) if hope else 0.0
-            rates.append(min(1.0, expected + hope * error))
-            weight = POSITION_WEIGHT
+            rates.append(expected)
+            weight = self._lean
         return rates
 
     def forget(self) -> None:
-        """Make the past count for less, so that a fresh trial can change the mind quickly."""
+        """Make the past count for less, so that a fresh trial can change the estimate quickly."""
         for counts in (self._tried, self._right):
             counts[:] = [0.2 * count for count in counts]
         self._prior = PRIOR_WEIGHT
@@ -201,26 +196,27 @@ class TreeGain:
         self._sum: dict[int, float] = {}
         self._seen: dict[int, float] = {}
         self._levels: dict[int, int] = {}  # of the last tree of each size
-
-    def hoped(self, size: int, rates: list[float]) -> float:
-        """Return the same, but all its levels for a tree that was hardly seen: worth a trial where even so it pays."""
-        return self.expected(size, rates) if self.seen(size) >= TREE_WEIGHT else 1.0 + usual_levels(size)
+        self._nodes: dict[int, int] = {}
 
     def seen(self, size: int) -> float:
         """Return how many trees of this size were verified; old ones count for less."""
         return self._seen.get(size, 0.0)
 
-    def add(self, size: int, levels: int, tokens: int) -> None:
-        """Learn that a tree of `size` nodes and `levels` levels gave `tokens` tokens."""
+    def nodes(self, plan: Plan) -> Plan:
+        """Return the plan with as many nodes as the last tree had that was asked for with it."""
+        return Plan(self._nodes.get(plan.nodes, plan.nodes), True)
+
+    def add(self, size: int, levels: int, nodes: int, tokens: int) -> None:
+        """Learn that a tree of at most `size` nodes had `nodes` nodes in `levels` levels and gave `tokens` tokens."""
         self._sum[size] = self._sum.get(size, 0.0) + tokens
         self._seen[size] = self._seen.get(size, 0.0) + 1.0
-        self._levels[size] = levels
+        self._levels[size], self._nodes[size] = levels, nodes
 
     def fade(self) -> None:
         """Let one drafted step pass."""
         for counts in (self._sum, self._seen):
             for size in counts:
-                counts[size] *= 1.0 - 1.0 / TREE_MEMORY
+                counts[size] *= 1.0 - 1.0 / RECENT
 
     def expected(self, size: int, rates: list[float]) -> float:
         """Return the mean number of tokens of a step, given the chain's acceptance by position."""
@@ -228,7 +224,101 @@ class TreeGain:
         for rate in rates[: self._levels.get(size, usual_levels(size))]:
             product *= rate + 0.5 * (1.0 - rate) * rate
             tokens += product
-        return (self._sum.get(size, 0.0) + TREE_WEIGHT * tokens) / (self._seen.get(size, 0.0) + TREE_WEIGHT)
+        return (self._sum.get(size, 0.0) + PRIOR_WEIGHT * tokens) / (self._seen.get(size, 0.0) + PRIOR_WEIGHT)
+
+
+class Source:
+    """One source of drafts: how long drafting takes, how many nodes it gives of those asked, how many are right."""
+
+    def __init__(self, max_nodes: int) -> None:
+        self.acceptance = Acceptance(max_nodes)
+        self.given = Acceptance(max_nodes, first=1.0, lean=1.0)  # nodes of a chain
+        self.trees = TreeGain()
+        self.drafting = {False: StepTimes(), True: StepTimes()}  # by nodes given, of chains and of trees
+        self.weight = 0.0  # drafts from here; old ones count for less
+
+    def learn(self, plan: Plan, step: Step) -> None:
+        """Learn from a closed step whose draft came from here."""
+        self.drafting[plan.tree].add(step.nodes, step.draft_seconds)
+        if not plan.tree:
+            self.given.add(step.asked, step.nodes)
+        if step.complete and plan.tree:
+            self.trees.add(plan.nodes, step.draft.levels, step.nodes, 1 + step.accepted)
+        elif step.complete:
+            self.acceptance.add(step.nodes, step.accepted)
+
+    def expected(self, times: StepTimes, plans: Sequence[Plan]) -> list[tuple[float, float]]:
+        """Return the expected tokens and seconds of a step with each plan; chains come first, the shortest first."""
+        rates, given = self.acceptance.rates(), self.given.rates()
+        tokens, shorter, reach, right, n = 1.0, 0.0, 1.0, 1.0, 0
+        found = []
+        for plan in plans:
+            if plan.tree:
+                found.append((self.trees.expected(plan.nodes, rates), self._seconds(times, self.trees.nodes(plan))))
+                continue
+            while n < plan.nodes:
+                if n and given[n] < 1.0:  # drafts that end here
+                    shorter += reach * (1.0 - given[n]) * self._seconds(times, Plan(n))
+                    reach *= given[n]
+                right *= rates[n]
+                tokens += reach * right
+                n += 1
+            found.append((tokens, shorter + reach * self._seconds(times, plan)))
+        return found
+
+    def nothing(self, times: StepTimes) -> tuple[float, float]:
+        """Return the same where nothing was proposed, whatever the plan."""
+        return 1.0, self._seconds(times, Plan())
+
+    def _seconds(self, times: StepTimes, plan: Plan) -> float:
+        """Return the expected seconds of drafting and verifying; a tree never drawn is taken for a chain of four."""
+        drafting = self.drafting[plan.tree].predict(plan.nodes)
+        if plan.tree and not drafting:
+            drafting = self.drafting[False].predict(4)
+        return drafting + times.predict(1 + plan.nodes)
+
+
+class Sources:
+    """The sources of drafts by name, each with its share of the last drafts.
+
+    A `Combination` has several. Proposals of nothing are a source of their own, None: they cost time, too.
+    """
+
+    def __init__(self, max_nodes: int) -> None:
+        self._max_nodes = max_nodes
+        self._of: dict[str | None, Source] = {}
+        self._unknown = Source(max_nodes)  # what is believed before the first draft
+
+    def learn(self, plan: Plan, step: Step) -> None:
+        """Learn from a closed step that asked for a draft."""
+        name = step.draft.source if step.nodes else None
+        if name not in self._of:
+            self._of[name] = Source(self._max_nodes)
+        for source in self._of.values():
+            source.weight *= 1.0 - 1.0 / MEMORY
+            source.trees.fade()
+        self._of[name].weight += 1.0
+        self._of[name].learn(plan, step)
+
+    def expected(self, times: StepTimes, plans: Sequence[Plan]) -> list[tuple[float, float]]:
+        """Return the expected tokens and seconds of a step with each plan, over all sources."""
+        sources = self._of or {"": self._unknown}
+        total = sum(source.weight for source in sources.values()) or 1.0
+        sums = [(0.0, 0.0)] * len(plans)
+        for name, source in sources.items():
+            share = source.weight / total if self._of else 1.0
+            each = source.expected(times, plans) if name is not None else [source.nothing(times)] * len(plans)
+            sums = [(a + share * b, c + share * d) for (a, c), (b, d) in zip(sums, each, strict=True)]
+        return sums
+
+    def trees_seen(self, size: int) -> float:
+        """Return how many trees of this size were verified; old ones count for less."""
+        return sum(source.trees.seen(size) for source in self._of.values())
+
+    def forget(self) -> None:
+        """Make what is known of the acceptance count for less."""
+        for source in self._of.values():
+            source.acceptance.forget()
 
 
 def usual_levels(size: int) -> int:

@@ -1,8 +1,9 @@
 """Statistics of one generation: what was drafted, what was accepted, where the time went.
 
+    >>> from blockffn.speculative.draft import Draft, Plan, Step
     >>> from blockffn.speculative.stats import Statistics
     >>> stats = Statistics()
-    >>> stats.add_step(drafted=3, accepted=2, chain=True)
+    >>> stats.add(Step(Plan(3), 3, Draft.chain([7, 8, 9]), path=[0, 1], tokens=3))
     >>> stats.as_dict()["accepted_by_position"], stats.as_dict()["tokens_per_step"]
     ([1, 1, 0], 3.0)
 
@@ -12,13 +13,16 @@ predicted_per_second, draft_n, draft_n_accepted.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+from blockffn.speculative.draft import Step
 
 
 @dataclass
 class Statistics:
-    """Counters and seconds of one generation."""
+    """Counters and seconds of one generation: sums over its closed steps."""
 
     steps: int = 0  # evaluations of the target after the prompt
     plain_steps: int = 0  # of these without a draft
@@ -30,10 +34,10 @@ class Statistics:
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)  # steps whose draft reached depth i + 1
     accepted_by_position: list[int] = field(default_factory=list)
-    steps_by_size: dict[int, int] = field(default_factory=dict)  # tokens in the batch -> steps
+    steps_by_size: Counter[int] = field(default_factory=Counter)  # tokens in the batch -> steps
     seconds_by_size: dict[int, float] = field(default_factory=dict)  # tokens in the batch -> seconds of evaluation
     union_by_size: dict[int, float] = field(default_factory=dict)  # tokens in the batch -> experts read, summed
-    steps_by_source: dict[str, int] = field(default_factory=dict)  # drafter -> drafts verified
+    steps_by_source: Counter[str] = field(default_factory=Counter)  # drafter -> drafts verified
     prompt_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -42,30 +46,29 @@ class Statistics:
     switched_off: int = 0
     switched_off_reason: str = ""  # of the last time
 
-    def add_step(self, drafted: int, accepted: int, chain: bool, depth: int = 0, source: str = "") -> None:
-        """Count one step that verified `drafted` nodes (of a tree of `depth`) and accepted the first `accepted`."""
+    def add(self, step: Step) -> None:
+        """Count a closed step."""
+        self.predicted_n += step.tokens
+        self.draft_seconds += step.draft_seconds
+        self.verify_seconds += step.verify_seconds
+        self.sample_seconds += step.sample_seconds
+        self.loop_seconds += step.loop_seconds
+        if step.plan is None:
+            return
+        draft, size = step.draft, 1 + step.nodes
         self.steps += 1
-        self.plain_steps += drafted == 0
-        self.tree_steps += drafted > 0 and not chain
-        self.drafted += drafted
-        self.accepted += accepted
-        reached = drafted if chain else depth
-        for counts in (self.drafted_by_position, self.accepted_by_position):
-            counts.extend([0] * (reached - len(counts)))
-        for position in range(reached):
-            self.drafted_by_position[position] += 1
-        for position in range(accepted):
-            self.accepted_by_position[position] += 1
-        if drafted and source:
-            self.steps_by_source[source] = self.steps_by_source.get(source, 0) + 1
-
-    def add_evaluation(self, tokens: int, seconds: float, union: float | None) -> None:
-        """Count the evaluation of a batch of `tokens`, with the mean number of experts read per layer if known."""
-        self.verify_seconds += seconds
-        self.steps_by_size[tokens] = self.steps_by_size.get(tokens, 0) + 1
-        self.seconds_by_size[tokens] = self.seconds_by_size.get(tokens, 0.0) + seconds
-        if union is not None:
-            self.union_by_size[tokens] = self.union_by_size.get(tokens, 0.0) + union
+        self.plain_steps += step.nodes == 0
+        self.tree_steps += not draft.is_chain
+        self.drafted += step.nodes
+        self.accepted += step.accepted
+        _count(self.drafted_by_position, draft.levels, draft.levels)
+        _count(self.accepted_by_position, step.accepted, draft.levels)
+        self.steps_by_size[size] += 1
+        self.seconds_by_size[size] = self.seconds_by_size.get(size, 0.0) + step.verify_seconds
+        if step.union is not None:
+            self.union_by_size[size] = self.union_by_size.get(size, 0.0) + step.union
+        if step.nodes and draft.source:
+            self.steps_by_source[draft.source] += 1
 
     @property
     def predicted_seconds(self) -> float:
@@ -109,3 +112,10 @@ class Statistics:
             "draft_n": self.drafted,
             "draft_n_accepted": self.accepted,
         }
+
+
+def _count(counts: list[int], reached: int, length: int) -> None:
+    """Add 1 to the first `reached` counts, of which there are at least `length` then."""
+    counts.extend([0] * (length - len(counts)))
+    for position in range(reached):
+        counts[position] += 1
