@@ -335,13 +335,15 @@ class Llama(llama_cpp.Llama):
         kept = self._all_rows
         if kept is None and kwargs.get("logprobs") is not None:
             kept = KeptRows(self._n_vocab, prompt=bool(kwargs.get("echo")))
-        yield from target.locked(self._lock, self._results(kept, super()._create_completion(*args, **kwargs)))
+        yield from target.locked(self._lock, self._results(super()._create_completion(*args, **kwargs), kept))
 
-    def _results(self, kept: KeptRows | None, results: Iterator[Any]) -> Generator[Any, None, None]:
-        """Run one completion, which copies its logits to `kept`; free them at its end."""
+    def _results(self, results: Iterator[Any], kept: KeptRows | None = None) -> Generator[Any, None, None]:
+        """Add the statistics to the last chunk. The logits are copied to `kept`, which is let go of at the end."""
         self._next_rows = kept
         try:
-            yield from self._with_statistics(results)
+            for chunk in results:
+                done = any(choice.get("finish_reason") is not None for choice in chunk["choices"])
+                yield {**chunk, "speculation": self.statistics()} if done else chunk
         finally:
             self._next_rows = None
             if self._loop is not None and self._loop.kept is kept:
@@ -354,12 +356,7 @@ class Llama(llama_cpp.Llama):
             result = super().create_chat_completion(*args, **kwargs)
             if isinstance(result, dict):
                 return {**result, "speculation": self.statistics()}
-        return target.locked(self._lock, self._with_statistics(result))
-
-    def _with_statistics(self, chunks: Iterator[Any]) -> Generator[Any, None, None]:
-        for chunk in chunks:
-            done = any(choice.get("finish_reason") is not None for choice in chunk["choices"])
-            yield {**chunk, "speculation": self.statistics()} if done else chunk
+        return target.locked(self._lock, self._results(result))
 
     @property
     def _scores(self) -> Any:

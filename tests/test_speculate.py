@@ -256,6 +256,23 @@ def test_threads_take_turns(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("ended by another one" in message for message in ended)
 
 
+def test_the_chunks_of_a_stream_may_be_taken_by_several_threads(llm: Any) -> None:
+    """As a web server does that runs each `next` in a pool."""
+    llm.speculate("ngram", plan=Plan(4))
+    arguments: dict[str, Any] = {"max_tokens": 25, "temperature": 0.0, "stream": True}
+    expected = [chunk["choices"][0]["text"] for chunk in llm.create_completion("12345", **arguments)]
+    stream, found = llm.create_completion("12345", **arguments), []
+    while len(found) < len(expected):
+        thread = threading.Thread(target=lambda: found.append(next(stream)["choices"][0]["text"]))
+        thread.start()
+        thread.join(10)
+    assert found == expected
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    thread.join(10)
+    assert len(text(llm, 9)) == 9
+
+
 def test_a_call_waits_for_the_running_one(llm: Any) -> None:
     started = threading.Event()
 

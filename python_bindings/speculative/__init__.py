@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from blockffn.speculative.combination import Combination
 from blockffn.speculative.draft import Draft
-from blockffn.speculative.drafter import Context, Drafter
+from blockffn.speculative.drafter import Context, Drafter, open_drafter
 from blockffn.speculative.eagle import EagleDrafter
 from blockffn.speculative.model import ModelDrafter
 from blockffn.speculative.ngram import NGramDrafter
+from blockffn.speculative.policy import Plan
 from blockffn.speculative.scripted import ScriptedDrafter
 from blockffn.speculative.tree import TreeShape
 
@@ -27,6 +28,8 @@ __all__ = [
     "EagleDrafter",
     "ModelDrafter",
     "NGramDrafter",
+    "Plan",
     "ScriptedDrafter",
     "TreeShape",
+    "open_drafter",
 ]
