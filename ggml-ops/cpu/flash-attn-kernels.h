@@ -19,6 +19,13 @@ struct flash_rows {
     ggml_type    type;    // F32, F16 or BF16
 };
 
+// The blocks are not inlined: beside others some lose registers.
+#    define FLASH_BLOCK static __attribute__((noinline))
+
+inline bool flash_readable(ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+}
+
 // f(const T *) with the element type of `rows`
 template <typename F> inline void flash_with_type(ggml_type type, F && f) {
     switch (type) {
@@ -63,18 +70,23 @@ constexpr int SCORE_KEYS = 8;  // a multiple of every step over the keys
 
 // s[r][first + j] = q[r] * key first + j, j < J, over d values; keys from n_keys on repeat the last one
 template <typename T, int R, int J>
-inline void flash_scores_block(const float * const * q,
-                               const flash_rows &    keys,
-                               int64_t               first,
-                               int64_t               n_keys,
-                               int64_t               d,
-                               float * const *       s) {
-    const T * k[J];
+FLASH_BLOCK void flash_scores_block(const float * const * q,
+                                    const flash_rows &    keys,
+                                    int64_t               first,
+                                    int64_t               n_keys,
+                                    int64_t               d,
+                                    float * const *       s) {
+    const char *  row  = keys.data + first * keys.stride;
+    const int64_t left = n_keys - first;
+    const T *     k[J];
+#    pragma GCC   unroll 8
     for (int j = 0; j < J; j++) {
-        k[j] = (const T *) (keys.data + std::min(first + j, n_keys - 1) * keys.stride);
+        k[j] = (const T *) (row + (left >= J ? j : std::min<int64_t>(j, left - 1)) * keys.stride);
     }
-    fvec sum[R][J];
+    fvec        sum[R][J];
+#    pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#    pragma GCC unroll 8
         for (int j = 0; j < J; j++) {
             sum[r][j] = fvec_set(0.0f);
         }
@@ -94,7 +106,9 @@ inline void flash_scores_block(const float * const * q,
             }
         }
     }
+#    pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#    pragma GCC unroll 8
         for (int j = 0; j < J; j += 4) {
             fvec_sum4(&sum[r][j], s[r] + first + j);
         }
@@ -121,15 +135,17 @@ inline void flash_scores(const float * const * q,
 
 // o[r][0 .. C vectors) = sum over the keys [first, end) of p[r][key] * v[key]
 template <typename T, int R, int C>
-inline void flash_values_block(const float * const * p,
-                               const char *          v,
-                               size_t                stride,
-                               int64_t               first,
-                               int64_t               end,
-                               float * const *       o,
-                               int64_t               column) {
-    fvec sum[R][C];
+FLASH_BLOCK void flash_values_block(const float * const * p,
+                                    const char *          v,
+                                    size_t                stride,
+                                    int64_t               first,
+                                    int64_t               end,
+                                    float * const *       o,
+                                    int64_t               column) {
+    fvec        sum[R][C];
+#    pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#    pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             sum[r][c] = fvec_set(0.0f);
         }
@@ -166,7 +182,9 @@ inline void flash_values_block(const float * const * p,
             }
         }
     }
+#    pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#    pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             fvec_store(o[r] + column + c * FVEC, sum[r][c]);
         }

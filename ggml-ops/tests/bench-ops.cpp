@@ -1,6 +1,7 @@
 // Benchmark of the union FFN against stock ggml: one JSON line per (shape, type, n), after a line with the bandwidth.
 //     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...]
 //               [--active 0.2] [--reps 9]
+//     bench-ops --attention 128,1024,4096,8192 [--threads 2] [--tokens 1,4,8,32] [--reps 9]: after so many tokens
 // --active is the share of the experts that one token needs. Stock candidates are the dense FFN (layout [h, E*d] and
 // [E*d, h]) and mul_mat_id with as many experts per token as ours has, each in every buffer type that takes it; all
 // candidates run in turn, --reps rounds (three times as many for few tokens), medians count. Times are per layer.
@@ -173,6 +174,7 @@ double median_ratio(std::vector<double> a, const std::vector<double> & b) {
 struct bench_args {
     int                  n_threads = 2, reps = 9;
     double               active = ACTIVE_SHARE;
+    std::vector<int64_t> past;  // --attention
     std::vector<int64_t> tokens = { 1, 2, 4, 8, 16, 32, 128, 512 };
     std::string          shapes = "1.2B,3B,DECO-1.2B", types = "q4_0,q8_0,f16";
 };
@@ -317,7 +319,8 @@ std::vector<std::string> split(const std::string & text) {
 int usage(const char * what) {
     fprintf(stderr,
             "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
-            "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N]\n",
+            "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N]\n"
+            "       bench-ops --attention PAST,PAST,... [--threads N] [--tokens 1,4,8,32] [--reps N]\n",
             what);
     return 2;
 }
@@ -349,6 +352,10 @@ int main(int argc, char ** argv) {
             if (!(args.active > 0.0 && args.active <= 1.0)) {
                 return usage("--active is a share of the experts, above 0 and up to 1");
             }
+        } else if (key == "--attention") {
+            for (const std::string & n : split(argv[i + 1])) {
+                args.past.push_back(std::max(1, atoi(n.c_str())));
+            }
         } else if (key == "--shapes") {
             args.shapes = argv[i + 1];
         } else if (key == "--types") {
@@ -366,6 +373,10 @@ int main(int argc, char ** argv) {
         }
     }
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    if (!args.past.empty()) {
+        bench_attention(args.n_threads, args.reps, args.tokens, args.past);
+        return 0;
+    }
     ggml_backend_t backend = ggml_backend_cpu_init();
     ggml_backend_cpu_set_n_threads(backend, args.n_threads);
     const std::vector<uint64_t> stream(CACHE_BYTES / sizeof(uint64_t), 1);

@@ -181,3 +181,7 @@ inline routing make_routing(const ffn_shape & s, double active_share, int64_t n,
     r.union_share = sum / n_layers;
     return r;
 }
+
+// --- attention over the cache: bench-attention.cpp ------------------------------------------------------------------
+
+void bench_attention(int n_threads, int reps, const std::vector<int64_t> & tokens, const std::vector<int64_t> & past);
