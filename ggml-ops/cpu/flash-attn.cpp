@@ -245,7 +245,7 @@ attn_tile tile_get(const attn_op & op, const attn_row * rows, int64_t n_rows, in
         }
     }
     t.first = low / LINE * LINE;
-    t.end   = std::min(pad(high, LINE), n);
+    t.end   = high;
     return t;
 }
 

@@ -24,22 +24,22 @@ constexpr int64_t N_LAYERS = 16;
 // --- the limit ----------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#    define FMA_LOOP(name, isa, bytes)                              \
-        __attribute__((target(isa))) float name(int64_t n) {        \
-            typedef float vec __attribute__((vector_size(bytes)));  \
-            vec           a[12] = {};                               \
-            const vec     x = { 0.5f }, y = { 1.0f };               \
-            for (int64_t i = 0; i < n; i++) {                       \
+#    define FMA_LOOP(name, isa, bytes)                                  \
+        __attribute__((target(isa))) float name(int64_t n) {            \
+            typedef float vec __attribute__((vector_size(bytes)));      \
+            vec           a[12] = {};                                   \
+            const vec     x = { 0.5f }, y = { 1.0f };                   \
+            for (int64_t i = 0; i < n; i++) {                           \
                 _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) { \
-                    a[j] = a[j] * x + y;                            \
-                    asm volatile("" : "+v"(a[j]));                  \
-                }                                                   \
-            }                                                       \
-            float sum = 0.0f;                                       \
-            _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) { \
-                sum += a[j][0];                                     \
-            }                                                       \
-            return sum;                                             \
+                    a[j] = a[j] * x + y;                                \
+                    asm volatile("" : "+v"(a[j]));                      \
+                }                                                       \
+            }                                                           \
+            float sum = 0.0f;                                           \
+            _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) {     \
+                sum += a[j][0];                                         \
+            }                                                           \
+            return sum;                                                 \
         }
 FMA_LOOP(fma_loop_512, "avx512f,fma", 64)
 FMA_LOOP(fma_loop_256, "avx2,fma", 32)

@@ -346,15 +346,15 @@ struct tester {
                 if (data.mask_at(0, t, cell) == -INFINITY) {
                     const int64_t row = c.heads() * c.dv;
                     ok &= same_bits(&before[t * row], &after[t * row], row);
-                } else {
-                    ok &= !std::isfinite(after[t * c.heads() * c.dv]);
+                } else if (std::isnan(bits)) {
+                    ok &= std::isnan(after[t * c.heads() * c.dv]);
                 }
             }
             report(ok, "value that is not finite in a cell", c.name());
         }
     }
 
-    // the switch to ggml's own kernel: row by row it is the reference
+    // the switch to ggml's own kernel: row by row it is the reference, and less accurate than ours
     void check_row_by_row(const attn_case & c) {
         const attn_data data(c, 5);
         run_args        a;
@@ -363,12 +363,11 @@ struct tester {
         a.row_by_row                  = true;
         const std::vector<float> rows = data.compute(runner, a);
         a.row_by_row                  = false;
+        const std::vector<float> fast = data.compute(runner, a);
         a.use_ref                     = true;
         const std::vector<float> ref  = data.compute(runner, a);
         report(same_bits(rows.data(), ref.data(), (int64_t) ref.size()), "row by row", c.name());
-        a.use_ref                     = false;
-        const std::vector<float> fast = data.compute(runner, a);
-        report(!ours || !same_bits(fast.data(), ref.data(), (int64_t) ref.size()), "our kernel runs", c.name());
+        report(!ours || data.nmse(fast, 0) < 0.01 * data.nmse(ref, 0), "more accurate than the reference", c.name());
     }
 };
 
@@ -442,12 +441,15 @@ int main(int argc, char ** argv) {
     t.ours = (ggml_cpu_has_avx2() && ggml_cpu_has_fma() && ggml_cpu_has_f16c()) || ggml_cpu_has_neon();
     check_shapes(t, quick);
     check_features(t);
-    for (int64_t group : { 1, 2, 7 }) {  // read in place, and widened
+    for (int64_t group : { 1, 2, 7, 17 }) {  // read in place, and widened
         const attn_case c = { 64, 64, group, 1, 5, 140, GGML_TYPE_F16, GGML_TYPE_F16, mask_kind::tree, false };
         if (t.ours) {
             t.check_nan(c);
         }
         t.check_row_by_row(c);
+    }
+    if (t.ours) {  // rows whose last cells are masked
+        t.check_nan({ 64, 64, 1, 1, 33, 40, GGML_TYPE_F16, GGML_TYPE_F16, mask_kind::causal, false });
     }
     printf("%d checks, %d failed\n", t.n_run, t.n_failed);
     return t.n_failed != 0;
