@@ -64,8 +64,9 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def table() -> dict[str, list[str]]:
-    """The rows of README's table of models: first column -> the others."""
+    """The rows of README's table of models: first column, links as their text -> the others."""
     section = README.split("\n## Models\n")[1].split("\n## ")[0]
+    section = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", section)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
     return {row[0]: row[1:] for row in cells[1:]}
 
