@@ -559,8 +559,10 @@ bool ggml_flash_attn_work_size(const ggml_tensor * dst, int n_tasks, size_t * si
 }
 
 bool ggml_compute_forward_flash_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    // Tiles lie at fixed cells, so a row's bits depend on where its cells lie. Verified trees leave gaps in the cache that
+    // plain decoding does not have: their exact mode takes ggml's loop over the visible cells.
     attn_op op;
-    if (params->use_ref || !op_get(dst, op)) {
+    if (params->use_ref || params->batch_invariant || !op_get(dst, op)) {
         return false;
     }
     const int          ith   = params->ith;
