@@ -220,6 +220,14 @@ def test_the_first_step_of_another_size_is_kept_apart() -> None:
     assert times.predict(1) == pytest.approx(1.0)
 
 
+def test_a_draft_of_nothing_is_a_size() -> None:
+    """Times of drafting are kept by the nodes given, 0 included, from the first measurement on."""
+    times = StepTimes()
+    for seconds in (3.0, 2.0, 2.0):
+        times.add(0, seconds)
+    assert times.predict(0) == pytest.approx(2.0) and times.switch() == pytest.approx(1.0)
+
+
 def test_acceptance_forgets() -> None:
     acceptance = Acceptance(4)
     for _ in range(300):

@@ -75,7 +75,7 @@ class StepTimes:
         self._of: dict[int, Size] = {}  # by tokens
         self._sizes: list[int] = []  # the measured ones, ascending
         self._extra: deque[float] = deque(maxlen=KEPT)  # what first steps took beyond the others, relative
-        self._previous, self._step = 0, 0  # the last size, and how many steps there were
+        self._previous, self._step = -1, 0  # the last size, and how many steps there were
 
     def count(self, tokens: int) -> int:
         """Return how many measurements of this size count."""
@@ -83,7 +83,7 @@ class StepTimes:
 
     def begin(self) -> None:
         """Start a generation: the next step is a first one."""
-        self._previous = 0
+        self._previous = -1
 
     def switch(self) -> float:
         """Return the seconds that the first step of another size takes beyond those that follow."""
@@ -97,14 +97,14 @@ class StepTimes:
         self._pace = self._pace or seconds
         relative = seconds / self._pace
         if tokens not in self._of:
-            self._of[tokens] = Size(steady=not first)  # a size may be forgotten while it is used
+            self._of[tokens] = Size()
             insort(self._sizes, tokens)
         size = self._of[tokens]
         if size.steady:
-            if first and size.last:
+            if first:
                 self._extra.append(relative - size.median)
                 return
-            surprise = relative / (size.median or relative)
+            surprise = relative / size.median
             self._pace *= min(max(surprise, 1 / LEAP), LEAP) ** FOLLOW
         elif not first:
             self._extra.append(size.last[-1] - relative)

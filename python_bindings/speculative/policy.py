@@ -30,9 +30,9 @@ __all__ = ["PLAIN", "Plan", "Policy", "limits", "tree_sizes"]
 log = logging.getLogger("blockffn.speculative")
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of the chains that are compared
-# Beside each, what another value does in 176 simulated cases of six or twelve texts (mean loss against the best fixed plan,
-# cases that miss 5 %, 12 % in a single text or 3 % of plain decoding). As it is: 1.44 %, 4 cases. Differences of 0.1 % and
-# of two cases are within the noise of the seeds.
+# Beside each, what another value does in 176 simulated cases of six or twelve texts: mean loss against the best fixed
+# plan, and cases that miss 5 %, 12 % in a single text or 3 % of plain decoding. As it is: 1.44 %, 4 cases. Differences
+# of 0.1 % and of two cases are within the noise of the seeds.
 HYSTERESIS = 1.03  # another plan must promise so much more than the present one. Without: 1.45 %, 6 cases
 HOLD = 8  # steps with one plan between two comparisons; plain steps measured at once. 16: 1.43 %, 5 cases
 SETTLE = 3  # steps at once with a plan whose time is not known: the first one also builds a new graph. 2: 1.42 %, 4
