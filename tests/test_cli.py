@@ -15,6 +15,7 @@ import pytest
 from conftest import Runner
 
 from blockffn import cli
+from blockffn.speculative.policy import Plan, Policy
 
 Main = Callable[..., tuple[int, str, str]]
 CLI = [sys.executable, "-m", "blockffn.cli"]
@@ -40,6 +41,7 @@ def test_help_lists_every_command_without_importing_them() -> None:
     code = """
 import sys
 from blockffn import cli
+from blockffn.speculative.policy import Plan, Policy
 try:
     cli.main(["--help"])
 except SystemExit as error:
@@ -156,7 +158,9 @@ def test_run_stops_at_the_end_of_the_context(stock_model: Path, main: Main) -> N
     assert json.loads(out)["generated_tokens"] <= 256 - 241
 
 
-def test_run_speculates(stock_model: Path, main: Main) -> None:
+def test_run_speculates(stock_model: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fixed plan: what the policy chooses depends on how busy the machine is."""
+    monkeypatch.setattr(Policy, "plan", lambda self: Plan(4))
     common = ["run", "-m", stock_model, "-p", "abcabcabcabc", "-n", "12", "--temp", "0", "-t", "1"]
     _, text, _ = main(*common)
     code, same, stats = main(*common, "--draft", "ngram", "--stats")
