@@ -41,7 +41,6 @@ def test_help_lists_every_command_without_importing_them() -> None:
     code = """
 import sys
 from blockffn import cli
-from blockffn.speculative.policy import Plan, Policy
 try:
     cli.main(["--help"])
 except SystemExit as error:
