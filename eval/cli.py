@@ -4,11 +4,13 @@ $ blockffn eval ppl -m model.gguf -f text.txt
 $ blockffn eval kld -m model-Q4_0.gguf --reference model-F16.gguf -f text.txt
 $ blockffn eval sparsity -m model.gguf -f text.txt
 $ blockffn eval parity -m model.gguf --checkpoint folder
+$ blockffn eval spec-bench -m model.gguf --questions question.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from blockffn.errors import BlockffnError
 if TYPE_CHECKING:
     from blockffn.eval.quality.sparsity import Sparsity
     from blockffn.llama import Llama
+
+OWN = {"spec-bench": "blockffn.eval.spec_bench.cli"}  # measures with a module of their own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--layers", action="store_true", help="print every layer")
     parity = _measure(measures, "parity", "logits, router and greedy text against the checkpoint in torch", text=False)
     parity.add_argument("--checkpoint", required=True, metavar="SRC", help="checkpoint folder or hub id")
+    _add_own(measures, "spec-bench", "Spec-Bench or SPEED-Bench: plain and speculative answers, speeds, texts")
+
+
+def _add_own(measures: Any, name: str, summary: str) -> None:
+    """Add a measure that has a module of its own for its arguments and its run."""
+    parser: argparse.ArgumentParser = measures.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback")
+    _own(name).add_arguments(parser)
+
+
+def _own(name: str) -> Any:
+    return importlib.import_module(OWN[name])
 
 
 def _measure(measures: Any, name: str, summary: str, text: bool) -> argparse.ArgumentParser:
@@ -55,6 +71,8 @@ def _add_window(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one measure; exit code 1 when parity is outside its bounds."""
+    if args.measure in OWN:
+        return int(_own(args.measure).run(args))
     return {"ppl": _ppl, "kld": _kld, "sparsity": _sparsity, "parity": _parity}[args.measure](args)
 
 

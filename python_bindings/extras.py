@@ -11,7 +11,9 @@ from blockffn.errors import BlockffnError
 
 EXTRAS = {
     "huggingface_hub": "hub",
+    "lm_eval": "lm-eval",
     "matplotlib": "train",
+    "ray": "ray",
     "safetensors": "convert",
     "sentencepiece": "convert",
     "tomli": "train",

@@ -34,6 +34,7 @@ class Statistics:
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)  # steps whose draft reached depth i + 1
     accepted_by_position: list[int] = field(default_factory=list)
+    accepted_by_step: list[int] = field(default_factory=list)  # in the order of the steps; not in `as_dict`
     steps_by_size: Counter[int] = field(default_factory=Counter)  # tokens in the batch -> steps
     seconds_by_size: dict[int, float] = field(default_factory=dict)  # tokens in the batch -> seconds of evaluation
     union_by_size: dict[int, float] = field(default_factory=dict)  # tokens in the batch -> experts read, summed
@@ -61,6 +62,7 @@ class Statistics:
         self.tree_steps += not draft.is_chain
         self.drafted += step.nodes
         self.accepted += step.accepted
+        self.accepted_by_step.append(step.accepted)
         _count(self.drafted_by_position, draft.levels, draft.levels)
         _count(self.accepted_by_position, step.accepted, draft.levels)
         self.steps_by_size[size] += 1
