@@ -1,4 +1,4 @@
-"""ctypes declarations of what our libllama adds (ggml-ops/llama/blockffn-stats.h, patches), and of gguf.h.
+"""ctypes declarations of what our libllama adds (ggml-ops/llama/*.h, patches), and of gguf.h.
 
 >>> from blockffn import _capi
 >>> _capi.read_header("model.gguf")        # doctest: +SKIP
@@ -17,6 +17,19 @@ from typing import Any
 from blockffn import library, logs
 from blockffn.errors import BlockffnError
 
+
+class NodeTime(ctypes.Structure):
+    """struct blockffn_node_time of ggml-ops/llama/blockffn-times.h."""
+
+    _fields_ = [
+        ("op", ctypes.c_char * 32),
+        ("label", ctypes.c_char * 64),
+        ("n_nodes", ctypes.c_int64),
+        ("work_ns", ctypes.c_double),
+        ("wait_ns", ctypes.c_double),
+    ]
+
+
 _int64_p = ctypes.POINTER(ctypes.c_int64)
 _uint8_p = ctypes.POINTER(ctypes.c_uint8)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -27,6 +40,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "blockffn_active_experts": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _uint8_p]),
     "blockffn_stats": (None, [ctypes.c_void_p, _int64_p, _int64_p, _int64_p, _int64_p]),
     "blockffn_stats_reset": (None, [ctypes.c_void_p]),
+    "blockffn_times_enable": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
+    "blockffn_times": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(NodeTime), ctypes.c_int32]),
     "llama_set_batch_invariant": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
 }
 

@@ -4,6 +4,7 @@
     $ blockffn bench --shape 1.2b --acceptance 0.6,0.8     # speculation at these rates beside it
     $ blockffn bench -m model-Q4_0.gguf --dense model-dense-Q4_0.gguf --json
     $ blockffn bench -m model-Q4_0.gguf --draft ngram --draft head.gguf --tree -f code.py
+    $ blockffn bench --ops                                 # where a step goes, by kind of node
     $ blockffn bench choice --shape 1.2b                   # a study of its own; `blockffn bench --help` lists them
 
 The honest dense baseline is a file of the dense layout (`blockffn convert --layout dense`), which stock llama.cpp runs
@@ -17,6 +18,7 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     from blockffn.eval.bench import models as bench
+    from blockffn.eval.bench import nodes
     from blockffn.eval.environment import PROFILES
     from blockffn.eval.planted.model import SHAPES
 
@@ -72,17 +75,22 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", metavar="FILE", help="text to run through the model of -m")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     parser.add_argument("--profile", choices=PROFILES, help="libraries of build/<profile> (default: BLOCKFFN_LIB_DIR)")
-    parser.add_argument("--rounds", type=count, default=bench.ROUNDS, metavar="N", help=f"default: {bench.ROUNDS}")
+    parser.add_argument("--rounds", type=count, metavar="N", help=f"default: {bench.ROUNDS}; with --ops {nodes.ROUNDS}")
     parser.add_argument(
         "--verify",
-        default=",".join(map(str, bench.VERIFY)),
         metavar="N,N",
-        help="tokens at once (default: %(default)s)",
+        help=f"tokens at once (default: {_listed(bench.VERIFY)}; with --ops {_listed(nodes.SIZES)})",
     )
     parser.add_argument(
         "--prefill", type=int, default=bench.PREFILL, metavar="N", help="0 leaves it out (default: 512)"
     )
-    parser.add_argument("--past", type=count, default=bench.PAST, metavar="N", help="tokens before (default: 128)")
+    parser.add_argument(
+        "--past", metavar="N", help=f"tokens before (default: {bench.PAST}; with --ops N,N: {_listed(nodes.PASTS)})"
+    )
+    parser.add_argument("--ops", action="store_true", help="where a step goes, by kind of node: a table and a plot")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("bench-nodes"), metavar="STEM", help="with --ops: STEM.png and STEM.svg"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
@@ -117,11 +125,14 @@ def run(args: argparse.Namespace) -> int:
     from blockffn.eval.bench import report as bench_report
     from blockffn.eval.environment import environment, profile_directory
 
+    if args.ops:
+        return _run_ops(args)
     directory = profile_directory(args.profile)
     _check(args)
+    args.past, args.rounds = _tokens_before(args.past or str(bench.PAST))[0], args.rounds or bench.ROUNDS
     candidates, text = _planted(args) if args.model is None else _given(args)
     threads = args.threads or physical_cores()
-    timed = bench.phases(_sizes(args.verify), args.prefill)
+    timed = bench.phases(_sizes(args.verify or _listed(bench.VERIFY)), args.prefill)
     if args.acceptance or args.draft:
         timed = bench.speculative_phases(timed, _plans(args.plans), _rates(args.acceptance), args.tokens)
     result = bench.run(candidates, text, threads, args.rounds, timed, args.past, directory, _say, args.exact)
@@ -136,6 +147,29 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + bench_report.position_table(result))
     if args.json:
         print(json.dumps({"environment": where, "rows": result.rows}))
+    return 0
+
+
+def _run_ops(args: argparse.Namespace) -> int:
+    from blockffn.eval.bench import nodes
+    from blockffn.eval.environment import environment, headline, profile_directory
+
+    _check(args)
+    if args.acceptance or args.draft or args.exact:
+        raise BlockffnError("--ops: times plain steps; --acceptance, --draft and --exact do not go with it")
+    sizes, pasts = _sizes(args.verify or _listed(nodes.SIZES)), _tokens_before(args.past or _listed(nodes.PASTS))
+    directory, threads, rounds = profile_directory(args.profile), args.threads or physical_cores(), args.rounds
+    args.past = max(pasts)
+    candidates, text = _planted(args) if args.model is None else _given(args)
+    rows = nodes.measure(candidates, text, threads, rounds or nodes.ROUNDS, sizes, pasts, directory, _say)
+    where: dict[str, Any] = environment(directory) | {"threads": threads, "rounds": rounds or nodes.ROUNDS}
+    where["type"] = args.type if args.model is None else None
+    print(headline(where, threads))
+    print(nodes.table(rows))
+    for file in nodes.plot(rows, args.plot, f"{Path(candidates[0].path).stem}, {headline(where, threads)}"):
+        _say(f"wrote {file}")
+    if args.json:
+        print(json.dumps({"environment": where, "rows": rows}))
     return 0
 
 
@@ -159,6 +193,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BlockffnError("--draft: goes with -m; --shape drafts by a script, see --acceptance")
     if args.model is not None and args.acceptance:
         raise BlockffnError("--acceptance: goes with --shape, whose text is known; -m takes real drafters with --draft")
+    if not args.ops and args.past and "," in args.past:
+        raise BlockffnError("--past: takes several numbers only with --ops")
     if args.tree and not args.draft:
         raise BlockffnError("--tree: needs --draft with an EAGLE head")
     if not 8 <= args.tokens <= bench.LONGEST:
@@ -232,6 +268,20 @@ def _sizes(value: str) -> list[int]:
     if any(not 1 < size <= 256 for size in sizes):
         raise BlockffnError(f"--verify: expected numbers of tokens from 2 to 256 with commas between, found {value!r}")
     return sizes
+
+
+def _tokens_before(value: str) -> list[int]:
+    try:
+        pasts = [int(part) for part in value.split(",") if part]
+    except ValueError:
+        pasts = [0]
+    if not pasts or any(past < 1 for past in pasts):
+        raise BlockffnError(f"--past: expected numbers of tokens from 1 on, found {value!r}")
+    return pasts
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ",".join(map(str, values))
 
 
 def _say(line: str) -> None:

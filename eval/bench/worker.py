@@ -4,8 +4,9 @@
 
 The parent interleaves the requests of several workers; while one works, the others wait for a line on stdin.
 Requests and answers are JSON, one per line: phases `decode` and `verify` answer the seconds of every step, `prefill`
-those of the whole text, `activity` what the router chose, `memory` the peak resident memory of this process. A request
-with a plan generates text (blockffn.eval.bench.generate) and answers the seconds per token, with statistics.
+those of the whole text, `nodes` also what the nodes of the graph took, `activity` what the router chose, `memory` the
+peak resident memory of this process. A request with a plan generates text (blockffn.eval.bench.generate) and answers
+the seconds per token, with statistics.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ class Worker:
         self.past, self.known = args.past, known
         self.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), args.past + 4 * BATCH))
         self.at = args.past  # next token of the text
+        self.kept = 0  # leading tokens of the text that are in the cache
         self.calls: dict[tuple[str, float | None], int] = {}  # of `generate`, by plan and probability
 
     def prefill(self, n: int) -> list[float]:
         """Evaluate `n` tokens from an empty cache, in batches of 512, logits for the last one: [seconds]."""
         self.target.truncate(0)
+        self.kept = 0
         started = time.perf_counter()
         for start in range(0, n, BATCH):
             piece = self._next(min(BATCH, n - start))
@@ -55,24 +58,39 @@ class Worker:
         self.target.logits(1)
         return [time.perf_counter() - started]
 
-    def steps(self, n: int, steps: int) -> list[float]:
-        """Evaluate `n` tokens at a time after `past` others, logits for every one: seconds of each step."""
-        if self.target.length() < self.past:
-            self.target.truncate(0)
-            for start in range(0, self.past, BATCH):
-                self.target.evaluate_text(self.text[start : min(self.past, start + BATCH)], start, slice(0, 0))
-        self.target.truncate(self.past)
+    def steps(self, n: int, steps: int, past: int | None = None) -> list[float]:
+        """Evaluate `n` tokens at a time after `past` others, logits for every one: seconds of each step.
+
+        past: at most that of the command line, which is the default.
+        """
+        past = self.past if past is None else past
+        self.target.truncate(min(self.kept, past))
+        for start in range(self.kept, past, BATCH):
+            self.target.evaluate_text(self.text[start : min(past, start + BATCH)], start, slice(0, 0))
+        self.kept = past
         seconds = []
         for step in range(steps):
             piece = self._next(n)
             started = time.perf_counter()
-            self.target.evaluate_text(piece, self.past + step * n, slice(None))
+            self.target.evaluate_text(piece, past + step * n, slice(None))
             self.target.logits(n)
             seconds.append(time.perf_counter() - started)
         return seconds
 
+    def nodes(self, n: int, steps: int, past: int) -> dict[str, Any]:
+        """Do the same with the nodes of the graph timed: seconds of each step, and sums over the steps by node."""
+        from blockffn import node_times
+
+        self.steps(n, 1, past)  # what follows meets a full cache and the graph of its size
+        node_times.switch(self.llm.ctx, True)
+        try:
+            return {"seconds": self.steps(n, steps, past), "nodes": node_times.read(self.llm.ctx)}
+        finally:
+            node_times.switch(self.llm.ctx, False)
+
     def generate(self, n: int, plan: str, probability: float | None) -> dict[str, Any]:
         """Generate at least `n` tokens; the same call number has the same prompt, whatever the plan."""
+        self.kept = 0
         call = self.calls[plan, probability] = self.calls.get((plan, probability), -1) + 1
         truth = None
         if self.known:
@@ -107,12 +125,14 @@ class Worker:
         phase = request["phase"]
         if request.get("plan"):
             return self.generate(request["steps"], request["plan"], request["probability"])
-        if phase in ("prefill", "decode", "verify"):
+        if phase in ("prefill", "decode", "verify", "nodes"):
             self.generation.forget()  # what follows goes past its record of the cache
         if phase == "prefill":
             return {"seconds": self.prefill(request["n"])}
         if phase in ("decode", "verify"):
             return {"seconds": self.steps(request["n"], request["steps"])}
+        if phase == "nodes":
+            return self.nodes(request["n"], request["steps"], request["past"])
         if phase == "activity":
             return self.activity(request["n"])
         if phase == "memory":

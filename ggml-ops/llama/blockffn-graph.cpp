@@ -248,7 +248,10 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
     cb(logits, "ffn_router_logits", il);
 
     if (!sparse) {
-        return build_router_dense(layer, logits);
+        const routing r = build_router_dense(layer, logits);
+        cb(r.active, "ffn_router_active", il);
+        cb(r.scores, "ffn_router_scores", il);
+        return r;
     }
     const bool    biased = bf.router_bias != BLOCKFFN_ROUTER_BIAS_NONE;
     ggml_tensor * scores =
@@ -332,6 +335,7 @@ ggml_tensor * llama_model_blockffn::graph::build_experts_dense(const llama_layer
     } else {
         z = build_activation(layer, z, cur);
     }
+    cb(z, "ffn_activated", il);
     z = ggml_mul(ctx0, z, ggml_reshape_3d(ctx0, scores, 1, n_expert, n));
     cb(z, "ffn_hidden", il);
 
