@@ -1,6 +1,7 @@
-"""Speculative decoding beside its peers, on the same prompts, in one run.
+"""Speculative decoding beside its peers, on the same prompts, in one run; or other engines at equal work.
 
 $ blockffn bench peers -m model-Q4_0.gguf --draft draft.gguf -f code.py
+$ blockffn bench peers --engine NAME=PATH/llama-bench          # see blockffn.eval.bench.engines
 
 Contenders: blockffn.Llama plain, with n-grams and with the draft model (the automatic choice, and llama-cli's fixed
 number of tokens); llama_cpp.Llama as it is, plain and with its own LlamaPromptLookupDecoding, on the patched library
@@ -182,9 +183,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn bench peers`."""
-    parser.add_argument("-m", "--model", required=True, metavar="M.gguf", help="model in the expert layout")
+    parser.add_argument("-m", "--model", metavar="M.gguf", help="model in the expert layout")
     parser.add_argument("--draft", metavar="D.gguf", help="draft model with the same vocabulary")
-    parser.add_argument("-f", "--file", required=True, metavar="FILE", help="text that the prompts are cut from")
+    parser.add_argument("-f", "--file", metavar="FILE", help="text that the prompts are cut from")
+    parser.add_argument(
+        "--engine", action="append", metavar="NAME=PATH", help="instead of -m: a llama-bench at equal work; repeatable"
+    )
+    parser.add_argument("--type", default="Q4_0", metavar="TYPE", help="with --engine: weight type (Q4_0)")
     parser.add_argument("--prompts", type=count, default=6, metavar="N", help="default: %(default)s")
     parser.add_argument("--length", type=count, default=400, metavar="N", help="characters of a prompt (400)")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="per prompt (default: %(default)s)")
@@ -196,6 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Let all contenders run, print the table and, on request, one line of JSON."""
+    if args.engine:
+        return _run_engines(args)
+    if not args.model or not args.file:
+        raise BlockffnError("expected -m M.gguf with -f FILE, or --engine NAME=PATH")
     for path in filter(None, (args.model, args.draft, args.file)):
         if not Path(path).is_file():
             raise BlockffnError(f"{path}: no such file")
@@ -208,3 +217,27 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"environment": where, "rows": rows}))
     return 0
+
+
+def _run_engines(args: argparse.Namespace) -> int:
+    from blockffn.eval.bench import engines
+    from blockffn.eval.planted.equal_work import equal_work
+
+    if args.model or args.draft or args.file:
+        raise BlockffnError("--engine: makes its files itself; -m, --draft and -f do not go with it")
+    directory, threads = profile_directory(args.profile), args.threads or physical_cores()
+    for text in args.engine:  # before anything is written
+        engines.parse_engine(text, Path())
+    work = equal_work(kind=args.type, say=_say)
+    rows = engines.measure(engines.engines(work, args.engine, directory), threads, args.rounds, say=_say)
+    where = environment(directory) | {"threads": threads, "rounds": args.rounds, "type": args.type}
+    where |= {"experts_per_token": work.n_used}
+    print(headline(where, threads))
+    print(engines.table(rows))
+    if args.json:
+        print(json.dumps({"environment": where, "rows": rows}))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -98,7 +98,11 @@ def n_weights(shape: PlantedShape) -> int:
         attention += shape.kv_lora * heads * (shape.nope + shape.head_dim)
     else:
         attention = 4 * h * h
-    experts = 2 * h * shape.n_expert * shape.expert_dim + h * shape.n_expert + 3 * h * shape.shared_dim
+    experts = (
+        (3 if shape.gated else 2) * h * shape.n_expert * shape.expert_dim
+        + h * shape.n_expert
+        + 3 * h * shape.shared_dim
+    )
     ffn = (shape.n_layer - shape.n_dense) * experts + shape.n_dense * 3 * h * shape.n_ff
     return 2 * shape.n_vocab * h + shape.n_layer * attention + ffn
 

@@ -68,6 +68,7 @@ class PlantedShape:
     shared_dim: int = 0
     n_ctx: int = 4096
     activation: str = "norm_silu"  # of DECO's experts: expert_act_func
+    gated: bool = False  # DECO's experts
 
     @property
     def head_dim(self) -> int:
@@ -273,12 +274,15 @@ def _deco(planted: Planted) -> Named:
     width = s.n_expert * s.expert_dim
     yield "moe_router.weight", planted.router()
     yield "router_norm.weight", np.ones(s.n_expert, np.float32)
+    if s.gated:
+        yield "expert_gate_proj.weight", planted.matrix(width, s.n_embd)
     yield "expert_up_proj.weight", planted.matrix(width, s.n_embd)
     yield "expert_down_proj.weight", planted.output_matrix(width, (ACTIVE_SHARE * width) ** -0.5)
     if s.activation in ("norm_silu", "norm_silu_nomean"):
         yield "expert_act.rms_norm.weight", np.ones(s.expert_dim, np.float32)
-    for name, values in _swiglu(planted, s.shared_dim):
-        yield "shared_experts." + name, values
+    if s.shared_dim:
+        for name, values in _swiglu(planted, s.shared_dim):
+            yield "shared_experts." + name, values
 
 
 def _swiglu(planted: Planted, width: int) -> Named:
@@ -309,10 +313,10 @@ def configuration(shape: PlantedShape) -> dict[str, Any]:
         "num_layers": shape.n_layer, "num_query_groups": shape.n_head, "head_dim": shape.head_dim,
         "ffn_hidden_size": shape.n_ff, "norm_epsilon": 1e-5, "rope_theta": 10000.0, "use_mup": False,
         "use_blockffn": True, "num_experts": shape.n_expert, "moe_ffn_hidden_size": shape.expert_dim,
-        "moe_shared_expert_intermediate_size": shape.shared_dim, "router_act_func": "relu",
+        "moe_shared_expert_intermediate_size": shape.shared_dim or None, "router_act_func": "relu",
         "moe_layer_freq": [0] * shape.n_dense + [1] * (shape.n_layer - shape.n_dense), "router_norm_type": "simple",
         "router_norm_fixed": False, "router_norm_scalar": False, "router_norm_init_var": 0.1,
-        "expert_act_func": shape.activation, "expert_act_norm_type": "normal", "expert_not_gated": True,
+        "expert_act_func": shape.activation, "expert_act_norm_type": "normal", "expert_not_gated": not shape.gated,
         "moe_router_enable_expert_bias": False, "router_type": None,
     }  # fmt: skip
 
