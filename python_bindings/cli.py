@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("blockffn.commands.run", "continue a text"),
     "chat": ("blockffn.commands.chat", "talk to a model in the terminal"),
     "serve": ("blockffn.commands.serve", "llama-server of the patched tree, same flags"),
-    "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, parity"),
+    "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, equality of texts, parity"),
     "verify-published": ("blockffn.eval.published.cli", "one published checkpoint: convert, compare, measure, report"),
     "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
     "train": ("blockffn.training.cli", "train a small model or a draft head"),

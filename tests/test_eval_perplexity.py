@@ -35,7 +35,7 @@ def test_equals_llama_perplexity(llm: blockffn.Llama, blockffn_model: Path, tmp_
         if match is not None:
             break
     assert match is not None, output.stdout + output.stderr
-    assert found.perplexity == pytest.approx(float(match[1]), rel=2e-3)
+    assert found.perplexity == pytest.approx(float(match[1]), rel=1e-3)
 
 
 def test_by_hand(llm: blockffn.Llama) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import blockffn
+from blockffn import library
+from blockffn.cli import main
 
 COUNTING = "List the numbers from 1 to 20:\n1, 2, 3, 4, 5, 6,"
 LENGTH = 48
@@ -50,3 +55,23 @@ def test_exact_mode_reproduces_its_plain_text(llm: blockffn.Llama) -> None:
 
 def test_has_no_experts(llm: blockffn.Llama) -> None:
     assert llm.n_moe_layers == 0
+
+
+def test_perplexity_is_that_of_llama_perplexity(
+    real_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts of this model begin without a begin-of-text token, although its vocabulary has one."""
+    file = tmp_path / "text.txt"
+    file.write_text((Path(__file__).parent.parent / "LICENSE").read_text()[:900])
+    settings = ["-m", str(real_model), "-f", str(file), "-c", "64", "-t", "2"]
+    assert main(["eval", "ppl", *settings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    command = [str(library.program("llama-perplexity")), *settings, "-b", "64"]
+    for _ in range(5):  # its log thread sometimes loses the last lines when the program ends
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+        if match is not None:
+            break
+    assert match is not None, done.stdout + done.stderr
+    assert found["n_windows"] >= 2
+    assert found["perplexity"] == pytest.approx(float(match[1]), rel=1e-3)

@@ -5,8 +5,8 @@
     7.31
 
 The convention is llama-perplexity's: disjoint windows of n_ctx tokens, the incomplete last one dropped, the first
-token of each replaced by the begin-of-text token where the model has one, and only the second half of a window scored,
-so that every scored token has at least n_ctx / 2 tokens before it. Nothing is written to disk.
+token of each replaced by the begin-of-text token where the model's texts begin with one, and only the second half of a
+window scored, so that every scored token has at least n_ctx / 2 tokens before it. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -124,12 +124,17 @@ def _windows(llm: Llama, tokens: Sequence[int], n_ctx: int) -> Iterator[npt.NDAr
         raise BlockffnError(
             f"the text has {len(tokens)} tokens, one window needs {n_ctx}; give a longer text or a smaller --ctx-size"
         )
-    ids, bos = np.asarray(tokens, np.int32), llm.token_bos()
+    ids, bos = np.asarray(tokens, np.int32), _first_token(llm)
     for start in range(0, len(ids) - n_ctx + 1, n_ctx):
         window = ids[start : start + n_ctx].copy()
         if bos >= 0:
             window[0] = bos
         yield window
+
+
+def _first_token(llm: Llama) -> int:
+    """Return the token that texts of this model begin with; -1 for none, whatever token the vocabulary has for it."""
+    return int(llm.token_bos()) if llm._model.add_bos_token() else -1
 
 
 def _scored(llm: Llama, window: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:

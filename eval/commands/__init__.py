@@ -1,0 +1,1 @@
+"""The measures of `blockffn eval`: arguments, and results as text and JSON."""
