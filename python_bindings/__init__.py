@@ -17,6 +17,7 @@ from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
     from blockffn import convert, eval, training
+    from blockffn.engine import Engine, GenerationParams, QueueFull, Stream, Token
     from blockffn.llama import Llama, UnionStats
     from blockffn.speculative import EagleDrafter, ModelDrafter, NGramDrafter
 
@@ -24,9 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockffnError",
     "EagleDrafter",
+    "Engine",
+    "GenerationParams",
     "Llama",
     "ModelDrafter",
     "NGramDrafter",
+    "QueueFull",
+    "Stream",
+    "Token",
     "UnionStats",
     "convert",
     "eval",
@@ -39,6 +45,11 @@ _NAMES = {
     "EagleDrafter": "blockffn.speculative",
     "ModelDrafter": "blockffn.speculative",
     "NGramDrafter": "blockffn.speculative",
+    "Engine": "blockffn.engine",
+    "GenerationParams": "blockffn.engine",
+    "QueueFull": "blockffn.engine",
+    "Stream": "blockffn.engine",
+    "Token": "blockffn.engine",
 }
 _MODULES = ("convert", "eval", "training")
 

@@ -60,8 +60,8 @@ class Decoder:
         self._leaves: npt.NDArray[np.int32] | None = None
         self.first = 0  # position of the first token of the last evaluation
         self._pack = _pack_function(self._api._lib)
-        self._logits_address = _address_function(self._api.llama_get_logits)
-        self._hidden_address = _address_function(llama_cpp_ext.llama_get_embeddings_nextn)
+        self._logits_address = address_function(self._api.llama_get_logits)
+        self._hidden_address = address_function(llama_cpp_ext.llama_get_embeddings_nextn)
         self._views: dict[tuple[int | None, int, int], Floats] = {}  # a step asks for the same few again and again
         llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
         self.evaluated = 0  # tokens of the last evaluation
@@ -276,7 +276,7 @@ def _pack_function(library_handle: Any) -> Callable[[int, int, int], bool] | Non
     return cast(Callable[[int, int, int], bool], native)
 
 
-def _address_function(native: Any) -> Callable[[int], int | None]:
+def address_function(native: Any) -> Callable[[int], int | None]:
     """Return a function of libllama that gives a pointer, as one that gives the address: a number costs less."""
     address = ctypes.cast(native, ctypes.c_void_p).value
     assert address is not None

@@ -116,6 +116,12 @@ class Draft:
 EMPTY = Draft.chain([])
 
 
+def children_of(draft: Draft) -> dict[tuple[int, int], int]:
+    """Return (parent, token) -> node."""
+    parents, tokens = draft.parents.tolist(), draft.tokens.tolist()
+    return {edge: node for node, edge in enumerate(zip(parents, tokens, strict=True))}
+
+
 @dataclass
 class Step:
     """One evaluation of the target: what was asked, proposed and accepted, and where the time went, in seconds.

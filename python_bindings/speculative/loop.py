@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from blockffn.speculative.decoder import Decoder, Floats
-from blockffn.speculative.draft import ROOT, Draft, Step, Tokens
+from blockffn.speculative.draft import ROOT, Step, Tokens, children_of
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.policy import Policy
 from blockffn.speculative.rows import KeptRows
@@ -213,7 +213,7 @@ class Loop:
         state, logits, batch_row, draft = self.state, self._logits, self._batch_row, step.draft
         started = self._accounted
         tokens = draft.tokens.tolist()
-        children = None if draft.is_chain else _children(draft, tokens)
+        children = None if draft.is_chain else children_of(draft)
         node = ROOT
         mine = self._open = (text, step)
         try:
@@ -270,11 +270,6 @@ class Loop:
         self.policy.learn(step)
         self.statistics.add(step)
         self.statistics.switched_off, self.statistics.switched_off_reason = self.policy.switched_off, self.policy.reason
-
-
-def _children(draft: Draft, tokens: list[int]) -> dict[tuple[int, int], int]:
-    """Return (parent, token) -> node."""
-    return {edge: node for node, edge in enumerate(zip(draft.parents.tolist(), tokens, strict=True))}
 
 
 def _child(children: dict[tuple[int, int], int] | None, tokens: list[int], node: int, token: int) -> int | None:

@@ -57,12 +57,15 @@ def end_of_text(llm: Any) -> Callable[[int], bool]:
     return check
 
 
-def union_counter(llm: Any) -> Callable[[], float] | None:
-    """Return a function that reads how many experts were loaded so far (mean over the layers), None without experts."""
+def union_counter(llm: Any, ctx: int | None = None) -> Callable[[], float] | None:
+    """Return a function that reads how many experts were loaded so far (mean over the layers), None without experts.
+
+    ctx: another context of the model than that of its conversation.
+    """
     layers = getattr(llm, "n_moe_layers", 0)
     if not layers:
         return None
-    read, ctx = _capi.function("blockffn_stats"), llm._ctx.ctx
+    read, ctx = _capi.function("blockffn_stats"), ctx or llm._ctx.ctx
     _capi.function("blockffn_stats_enable")(ctx, True)
     arrays = [np.zeros(layers, dtype=np.int64) for _ in range(4)]  # evaluations, tokens, pairs, union
     pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
@@ -95,20 +98,32 @@ def replace_context(llm: Any, n_seq: int, exact: bool) -> None:
     Only there are the values not transposed in the cache, so that an accepted path can be moved together. The old one
     is freed once the new one is there: for a moment both need memory, and a failure changes nothing.
     """
+    context = new_context(llm, exact, n_seq_max=max(n_seq, llm.context_params.n_seq_max))
+    llm._ctx.close()
+    llm._ctx, llm.context_params = llm._stack.enter_context(contextlib.closing(context)), context.params
+    llm.n_tokens, llm._requires_eval = 0, True
+
+
+def new_context(llm: Any, exact: bool, **changes: Any) -> Any:
+    """Return another context (llama_cpp's LlamaContext) of a loaded model, like that of its conversation but changed.
+
+    One cache for all sequences. BlockffnError where it cannot be had.
+    """
     from llama_cpp import _internals as internals
 
     params = type(llm.context_params).from_buffer_copy(llm.context_params)
-    params.n_seq_max = max(n_seq, params.n_seq_max)
     params.kv_unified = True
     if exact:
         params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+    for name, value in changes.items():
+        setattr(params, name, value)
     with logs.collect() as lines:
         try:
             context = internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
         except ValueError as error:
             raise BlockffnError(
-                f"{llm.model_path}: no context of {params.n_ctx} tokens with {n_seq} sequences beside the present one: "
-                f"{logs.reason(lines) or error}; nothing was changed"
+                f"{llm.model_path}: no context of {params.n_ctx} tokens with {params.n_seq_max} sequences beside the "
+                f"present one: {logs.reason(lines) or error}; nothing was changed"
             ) from error
     try:
         if exact:
@@ -117,9 +132,7 @@ def replace_context(llm: Any, n_seq: int, exact: bool) -> None:
     except BaseException:
         context.close()
         raise
-    llm._ctx.close()
-    llm._ctx, llm.context_params = llm._stack.enter_context(contextlib.closing(context)), params
-    llm.n_tokens, llm._requires_eval = 0, True
+    return context
 
 
 def set_exact(ctx: int, exact: bool) -> None:
