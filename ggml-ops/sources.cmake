@@ -2,7 +2,7 @@
 set(BLOCKFFN_CPU_SOURCES flash-attn.cpp relu-router.cpp union-ffn.cpp union-ffn-ref.cpp token-tiles.cpp tile-general.cpp tile-x86.cpp
                          tile-x86-q4.cpp tile-x86-q8.cpp tile-x86-q6.cpp tile-x86-float.cpp tile-arm.cpp)  # into ggml-cpu
 set(BLOCKFFN_LLAMA_SOURCES blockffn-load.cpp blockffn-model.cpp blockffn-graph.cpp blockffn-eagle.cpp blockffn-stats.cpp
-                           blockffn-times.cpp)  # into libllama
+                           blockffn-times.cpp blockffn-dial.cpp)  # into libllama
 
 list(TRANSFORM BLOCKFFN_CPU_SOURCES   PREPEND ${BLOCKFFN_OPS_DIR}/cpu/)
 list(TRANSFORM BLOCKFFN_LLAMA_SOURCES PREPEND ${BLOCKFFN_OPS_DIR}/llama/)

@@ -1,6 +1,7 @@
 // The graph of one evaluation: see blockffn-model.h.
 
 #include "../cpu/flash-attn.h"
+#include "../cpu/relu-router.h"
 #include "blockffn-model.h"
 #include "llama-adapter.h"
 
@@ -36,7 +37,9 @@ std::unique_ptr<llm_graph_context> llama_model_blockffn::build_arch_graph(const 
 
 llama_model_blockffn::graph::graph(const llama_model_blockffn & model, const llm_graph_params & params) :
     llm_graph_context(params),
-    bf(model.blockffn) {
+    bf(model.blockffn),
+    threshold(cparams.router_threshold < 0.0f ? bf.router_threshold : cparams.router_threshold),
+    budget(ubatch.n_tokens > 1 ? cparams.union_budget : 0) {
     if (bf.rope_dynamic_factor > 0.0f && cparams.n_ctx_seq > hparams.n_ctx_train) {
         throw std::runtime_error("this model scales RoPE dynamically beyond its trained context of " +
                                  std::to_string(hparams.n_ctx_train) +
@@ -248,7 +251,7 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
     cb(logits, "ffn_router_logits", il);
 
     if (!sparse) {
-        const routing r = build_router_dense(layer, logits);
+        const routing r = build_dial_dense(build_router_dense(layer, logits));
         cb(r.active, "ffn_router_active", il);
         cb(r.scores, "ffn_router_scores", il);
         return r;
@@ -258,6 +261,7 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
         ggml_relu_router(ctx0, logits, layer.ffn_router_norm, biased ? layer.ffn_exp_probs_b : nullptr,
                          (enum ggml_router_norm) bf.router_norm, (enum ggml_router_bias) bf.router_bias,
                          bf.router_norm_eps, bf.router_norm_scale, bf.router_scale);
+    ggml_relu_router_set_dial(scores, threshold, budget);
     cb(scores, "ffn_router_scores", il);
     return { scores, scores };
 }
@@ -299,6 +303,33 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router_d
     }
     if (bf.router_scale != 1.0f) {
         scores = ggml_scale(ctx0, scores, bf.router_scale);
+    }
+    return { scores, active };
+}
+
+// What threshold and budget leave, through stock ops; see ggml_relu_router_set_dial().
+llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_dial_dense(const routing & r) {
+    ggml_tensor * scores = r.scores;  // [n_expert, n_tokens]
+    ggml_tensor * active = r.active;
+    const auto    keep   = [&](ggml_tensor * mask) {
+        scores = ggml_mul(ctx0, scores, mask);
+        active = ggml_mul(ctx0, active, mask);
+    };
+    if (threshold > 0.0f) {
+        ggml_tensor * size    = ggml_abs(ctx0, scores);
+        ggml_tensor * largest = ggml_pool_1d(ctx0, size, GGML_OP_POOL_MAX, n_expert, n_expert, 0);  // [1, n_tokens]
+        ggml_tensor * bound   = ggml_repeat(ctx0, ggml_scale(ctx0, largest, threshold), size);
+        // 1 - step(bound - size): also where both are equal
+        keep(ggml_scale_bias(ctx0, ggml_step(ctx0, ggml_sub(ctx0, bound, size)), -1.0f, 1.0f));
+    }
+    if (budget > 0 && budget < n_expert) {
+        ggml_tensor * by_expert =
+            ggml_cont(ctx0, ggml_transpose(ctx0, ggml_abs(ctx0, scores)));  // [n_tokens, n_expert]
+        ggml_tensor * sums  = ggml_reshape_1d(ctx0, ggml_sum_rows(ctx0, by_expert), n_expert);
+        ggml_tensor * order = ggml_argsort(ctx0, sums, GGML_SORT_ORDER_DESC);
+        ggml_tensor * rank  = ggml_argsort(ctx0, ggml_cast(ctx0, order, GGML_TYPE_F32), GGML_SORT_ORDER_ASC);
+        rank                = ggml_cast(ctx0, rank, GGML_TYPE_F32);
+        keep(ggml_step(ctx0, ggml_scale_bias(ctx0, rank, -1.0f, budget - 0.5f)));
     }
     return { scores, active };
 }

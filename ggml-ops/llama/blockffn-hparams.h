@@ -39,10 +39,11 @@ struct blockffn_hparams {
     float                router_norm_scale = 1.0f;
     float                router_scale      = 1.0f;
     blockffn_router_bias router_bias       = BLOCKFFN_ROUTER_BIAS_NONE;
+    float                router_threshold  = 0.0f;  // experts below this share of the token's largest score are skipped
 
-    bool  dense_layout        = false;  // experts stored as two-dimensional matrices
-    bool  ffn_dense           = false;  // run experts densely: --override-kv blockffn.ffn_dense=bool:true
-    float rope_dynamic_factor = 0.0f;   // dynamic NTK, which nothing computes: 0 where absent
+    bool  dense_layout        = false;              // experts stored as two-dimensional matrices
+    bool  ffn_dense           = false;              // run experts densely: --override-kv blockffn.ffn_dense=bool:true
+    float rope_dynamic_factor = 0.0f;               // dynamic NTK, which nothing computes: 0 where absent
 };
 
 const char * blockffn_router_norm_name(blockffn_router_norm value);

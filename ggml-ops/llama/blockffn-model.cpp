@@ -2,6 +2,8 @@
 
 #include "blockffn-model.h"
 
+#include "blockffn-dial.h"
+
 #include <string>
 
 //
@@ -126,6 +128,10 @@ void llama_model_blockffn::load_expert_hparams(llama_model_loader & ml) {
     blockffn_get_epsilon(ml, LLM_KV_ROUTER_NORM_EPS, bf.router_norm_eps);
     blockffn_get_number(ml, LLM_KV_ROUTER_NORM_SCALE, bf.router_norm_scale);
     blockffn_get_number(ml, LLM_KV_ROUTER_SCALE, bf.router_scale);
+    ml.get_key(LLM_KV_ROUTER_THRESHOLD, bf.router_threshold, false);
+    if (!blockffn_threshold_is_valid(bf.router_threshold)) {
+        blockffn_refuse(ml, LLM_KV_ROUTER_THRESHOLD, BLOCKFFN_THRESHOLD_RANGE, std::to_string(bf.router_threshold));
+    }
 
     static const char * const layouts[] = { "expert", "dense" };
     bf.dense_layout                     = get_named<int>(ml, LLM_KV_EXPERT_LAYOUT, layouts) == 1;

@@ -34,6 +34,8 @@ struct llama_model_blockffn::graph : public llm_graph_context {
 
   private:
     const blockffn_hparams & bf;
+    float                    threshold;  // of this context, or else of the file
+    int32_t                  budget;     // of this batch
 
     struct routing {
         ggml_tensor * scores;  // [n_expert, n_tokens]
@@ -55,6 +57,7 @@ struct llama_model_blockffn::graph : public llm_graph_context {
     bool          runs_union_op(const llama_layer & layer, ggml_tensor * cur);
     routing       build_router(const llama_layer & layer, ggml_tensor * cur, bool sparse, int il);
     routing       build_router_dense(const llama_layer & layer, ggml_tensor * logits);
+    routing       build_dial_dense(const routing & r);
     ggml_tensor * build_union(const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores);
     ggml_tensor * build_experts_dense(const llama_layer & layer, ggml_tensor * cur, ggml_tensor * scores, int il);
     ggml_tensor * build_activation(const llama_layer & layer, ggml_tensor * z, ggml_tensor * cur);

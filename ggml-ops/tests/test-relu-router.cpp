@@ -1,6 +1,8 @@
 // Tests of the ReLU router op against its definition in double precision; exit code 1 if anything failed.
+#include "relu-router.h"
 #include "test-ops.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <limits>
@@ -15,6 +17,8 @@ struct router_case {
     int64_t          n_weight;  // 0: no weight
     float            scale;
     bool             views;
+    float            threshold = 0.0f;
+    int32_t          budget    = 0;
 };
 
 constexpr float EPS        = 1e-5f;
@@ -73,6 +77,35 @@ std::vector<double> oracle(const router_case & c, const router_data & d) {
     return s;
 }
 
+// the definition of ggml_relu_router_set_dial() on scores as the op computes them without it: the bits of what stays
+std::vector<float> dial_oracle(const router_case & c, std::vector<float> s) {
+    std::vector<std::pair<float, int64_t>> sums;
+    for (int64_t t = 0; t < c.n; t++) {
+        float * row     = &s[t * c.n_expert];
+        float   largest = 0.0f;
+        for (int64_t e = 0; e < c.n_expert; e++) {
+            largest = std::fabs(row[e]) > largest ? std::fabs(row[e]) : largest;
+        }
+        for (int64_t e = 0; e < c.n_expert; e++) {
+            row[e] = std::fabs(row[e]) < c.threshold * largest ? 0.0f : row[e];
+        }
+    }
+    for (int64_t e = 0; e < c.n_expert; e++) {
+        double sum = 0.0;
+        for (int64_t t = 0; t < c.n; t++) {
+            sum += std::fabs(s[t * c.n_expert + e]);
+        }
+        sums.push_back({ std::isnan(sum) ? -std::numeric_limits<float>::infinity() : -(float) sum, e });
+    }
+    std::sort(sums.begin(), sums.end());
+    for (int64_t i = c.budget; c.budget > 0 && i < c.n_expert; i++) {
+        for (int64_t t = 0; t < c.n; t++) {
+            s[t * c.n_expert + sums[i].second] = 0.0f;
+        }
+    }
+    return s;
+}
+
 std::vector<float> compute(cpu_runner & runner, const router_case & c, const router_data & d, int threads) {
     const int64_t pad    = c.views ? 5 : 0;
     ggml_tensor * logits = nullptr;
@@ -83,7 +116,11 @@ std::vector<float> compute(cpu_runner & runner, const router_case & c, const rou
         weight = c.n_weight ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_weight) : nullptr;
         bias = c.bias != GGML_ROUTER_BIAS_NONE ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_expert) : nullptr;
         ggml_tensor * rows = ggml_view_2d(ctx, logits, c.n_expert, c.n, logits->nb[1], 0);
-        return ggml_relu_router(ctx, rows, weight, bias, c.norm, c.bias, EPS, NORM_SCALE, c.scale);
+        ggml_tensor * out = ggml_relu_router(ctx, rows, weight, bias, c.norm, c.bias, EPS, NORM_SCALE, c.scale);
+        if (c.threshold > 0.0f || c.budget > 0) {
+            ggml_relu_router_set_dial(out, c.threshold, c.budget);
+        }
+        return out;
     };
     auto set = [&] {
         for (int64_t t = 0; t < c.n; t++) {
@@ -108,6 +145,55 @@ bool matches(const std::vector<float> & got, const std::vector<double> & want) {
         }
     }
     return true;
+}
+
+bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// Threshold and budget, bit for bit, on any number of threads; a token alone keeps what it has in a batch, but for a budget.
+// Returns what differs.
+std::vector<std::string> check_dial(cpu_runner & runner, router_case c, const router_data & d) {
+    std::vector<std::string> wrong;
+    c.threshold = 0.0f;
+    c.budget    = 0;
+
+    const std::vector<float> all = compute(runner, c, d, 1);
+    for (float threshold : { 0.0f, 0.01f, 0.25f, 0.999f }) {
+        for (int32_t budget : { 0, 1, 5, 56, 200 }) {
+            c.threshold                     = threshold;
+            c.budget                        = budget;
+            const std::vector<float> wanted = dial_oracle(c, all);
+            for (int threads : { 1, 3 }) {
+                if (!same_bits(compute(runner, c, d, threads), wanted)) {
+                    wrong.push_back("threshold " + std::to_string(threshold) + " budget " + std::to_string(budget) +
+                                    " threads " + std::to_string(threads));
+                }
+            }
+        }
+        c.budget                       = 0;
+        const std::vector<float> batch = compute(runner, c, d, 1);
+        for (int64_t t = 0; t < c.n; t++) {
+            router_case one   = c;
+            router_data alone = d;
+            one.n             = 1;
+            alone.logits.assign(&d.logits[t * c.n_expert], &d.logits[t * c.n_expert] + c.n_expert);
+            const auto row = batch.begin() + t * c.n_expert;
+            if (!same_bits(compute(runner, one, alone, 1), { row, row + c.n_expert })) {
+                wrong.push_back("threshold " + std::to_string(threshold) + ": token " + std::to_string(t) + " alone");
+            }
+        }
+    }
+    return wrong;
+}
+
+// the same with a NaN score and with infinite ones, which weights that are not finite make
+std::vector<std::string> check_dial_not_finite(cpu_runner & runner) {
+    const router_case c = { 7, 3, GGML_ROUTER_NORM_NONE, GGML_ROUTER_BIAS_NONE, 7, 1.0f, false };
+    router_data       d = make_data(c);
+    d.logits.assign(c.n * c.n_expert, 1.0f);
+    d.weight = { 1.0f, std::numeric_limits<float>::quiet_NaN(), 3.0f, 0.1f, INFINITY, -INFINITY, 2.0f };
+    return check_dial(runner, c, d);
 }
 
 // NaN logits select nothing and do not spread to other tokens
@@ -153,6 +239,14 @@ std::vector<std::string> wrongly_taken() {
         check("source " + std::to_string(i) + " in F16");
         op->src[i]->type = GGML_TYPE_F32;
     }
+    for (float wrong : { -0.1f, 1.0f, INFINITY, std::numeric_limits<float>::quiet_NaN() }) {
+        memcpy(&op->op_params[5], &wrong, sizeof(wrong));
+        check("threshold " + std::to_string(wrong));
+    }
+    op->op_params[5] = 0;
+    op->op_params[6] = -1;
+    check("budget -1");
+    op->op_params[6] = 0;
     for (int i : { 0, 1 }) {
         const int32_t whole = op->op_params[i];
         for (int32_t wrong : { -1, 9 }) {
@@ -190,6 +284,15 @@ int main() {
                             printf("FAIL E=%d n=%d norm=%d bias=%d n_weight=%d\n", (int) n_expert, (int) n, norm, bias,
                                    (int) n_weight);
                         }
+                        if (n != 5 && n_weight != n_expert) {
+                            continue;  // the dial sees scores alone
+                        }
+                        n_run++;
+                        for (const std::string & what : check_dial(runner, c, d)) {
+                            n_failed++;
+                            printf("FAIL E=%d n=%d norm=%d bias=%d n_weight=%d %s\n", (int) n_expert, (int) n, norm,
+                                   bias, (int) n_weight, what.c_str());
+                        }
                     }
                 }
             }
@@ -199,6 +302,11 @@ int main() {
     if (!nan_is_inactive(runner)) {
         n_failed++;
         printf("FAIL NaN logits\n");
+    }
+    n_run++;
+    for (const std::string & what : check_dial_not_finite(runner)) {
+        n_failed++;
+        printf("FAIL not finite: %s\n", what.c_str());
     }
     n_run++;
     for (const std::string & what : wrongly_taken()) {
