@@ -42,6 +42,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "blockffn_stats_reset": (None, [ctypes.c_void_p]),
     "blockffn_times_enable": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
     "blockffn_times": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(NodeTime), ctypes.c_int32]),
+    "blockffn_set_router_threshold": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_float]),
+    "blockffn_router_threshold": (ctypes.c_float, [ctypes.c_void_p]),
+    "blockffn_set_union_budget": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
     "llama_set_batch_invariant": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
 }
 

@@ -58,6 +58,7 @@ ROUTER_NORM_EPSILON = "router.norm_epsilon"  # eps of norm `rms`
 ROUTER_NORM_SCALE = "router.norm_scale"  # factor on the sum of norm `sum`
 ROUTER_SCALE = "router.scale"  # constant factor on all scores (1 where absent)
 ROUTER_BIAS_METHOD = "router.bias_method"
+ROUTER_THRESHOLD = "router.threshold"  # share of a token's largest score below which experts are skipped (or 0)
 FFN_DENSE = "ffn_dense"  # never written; --override-kv blockffn.ffn_dense=bool:true runs experts densely
 
 ROUTER_NORMS = ("none", "rms", "sum")  # DECO's simple and null are none (with and without weight)

@@ -150,6 +150,7 @@ def _router(file: GgufFile) -> dict[str, Any] | None:
         "norm_scale": names.ROUTER_NORM_SCALE,
         "scale": names.ROUTER_SCALE,
         "bias_method": names.ROUTER_BIAS_METHOD,
+        "threshold": names.ROUTER_THRESHOLD,
         "shared_dim": names.EXPERT_SHARED_FEED_FORWARD_LENGTH,
     }
     found = {label: _short(file.get(key)) for label, key in wanted.items() if file.get(key) is not None}

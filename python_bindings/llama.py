@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blockffn import _capi, gguf_contract, library, logs
+from blockffn import _capi, dial, gguf_contract, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.evaluation import Evaluator
 from blockffn.threads import physical_cores
@@ -62,6 +62,9 @@ class Llama(llama_cpp.Llama):
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
     draft_model: a llama_cpp.llama_speculative.LlamaDraftModel, as llama_cpp.Llama takes it; used like a drafter.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
+    router_threshold: skip, for every token, the experts below this share of its largest score; 0 skips none, None takes
+        what the file says. union_budget: most experts per layer that a verified batch computes; 0 is no bound. Both can
+        be set later (see blockffn.dial).
     flash_attn: on, as llama.cpp itself chooses on CPUs; llama_cpp.Llama has it off, which is slower here.
     n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
     Errors: BlockffnError for a file that is missing, damaged or of an unknown architecture, and for a context that the
@@ -74,6 +77,8 @@ class Llama(llama_cpp.Llama):
     _next_rows: KeptRows | None = None  # where the next generation copies its logits to
     drafter: Drafter | None = None
     exact: bool = False
+    _threshold: float | None = None  # asked for; None: of the file
+    _budget = 0
 
     def __init__(
         self,
@@ -83,6 +88,8 @@ class Llama(llama_cpp.Llama):
         exact: bool = False,
         draft_model: Any = None,
         ffn: str = "union",
+        router_threshold: float | None = None,
+        union_budget: int = 0,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -96,6 +103,8 @@ class Llama(llama_cpp.Llama):
             raise BlockffnError(f"ffn: expected one of {', '.join(FFN_KINDS)}, found {ffn!r}")
         if drafter is not None and draft_model is not None:
             raise BlockffnError("drafter and draft_model: expected one of them, found both")
+        self._threshold = dial.checked_threshold(router_threshold)
+        self._budget = dial.checked_budget(union_budget, exact)
         opened = open_drafter(drafter) if draft_model is None else LlamaDraftModelDrafter(draft_model)
         overrides = dict(kv_overrides or {})
         if ffn == "dense":
@@ -125,6 +134,10 @@ class Llama(llama_cpp.Llama):
         self.logits_all, self._logits_all = self._logits_all, True  # log-probabilities need no logits_all here
         if not self.logits_all:  # llama_cpp reserves n_batch rows
             self.scores = np.zeros((1, self._n_vocab), dtype=np.float32)
+        if self._threshold is not None:
+            dial.set_threshold(self.ctx, self._threshold)
+        if self._budget:
+            self.union_budget = self._budget
         self.speculate(opened, exact)
 
     def close(self) -> None:
@@ -160,6 +173,7 @@ class Llama(llama_cpp.Llama):
         """
         state: dict[str, Any] = super().__getstate__()
         state |= {"logits_all": self.logits_all, "ffn": self.ffn, "exact": self.exact, "draft_model": None}
+        state |= {"router_threshold": self._threshold, "union_budget": self._budget}
         state["drafter"] = copy.deepcopy(self.drafter)
         if self.default_cache:
             state |= {"type_k": None, "type_v": None}
@@ -178,6 +192,7 @@ class Llama(llama_cpp.Llama):
         attention. If anything fails, model and drafter stay as they were.
         """
         opened, exact = open_drafter(drafter), self.exact if exact is None else exact
+        dial.checked_budget(self._budget, exact)
         with self._lock:
             if self._loop is not None:
                 self._loop.end()
@@ -196,6 +211,7 @@ class Llama(llama_cpp.Llama):
             decoder = Decoder(
                 self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
             )
+            decoder.budget = self._budget
             policy = Policy(*limits(used), PLAIN if opened is None else plan)
             self._loop = Loop(self, decoder, used, policy, target.union_counter(self))
 
@@ -384,6 +400,38 @@ class Llama(llama_cpp.Llama):
         """Number of routed experts per layer."""
         return int(_capi.function("blockffn_n_experts")(self.model))
 
+    @property
+    def router_threshold(self) -> float:
+        """Experts below this share of a token's largest score are skipped; None sets it to what the file says.
+
+        Setting it forgets the text.
+        """
+        return dial.threshold(self.ctx)
+
+    @router_threshold.setter
+    def router_threshold(self, value: float | None) -> None:
+        with self._lock:
+            value = dial.checked_threshold(value)
+            self.reset()  # what the cache holds was computed with another one
+            dial.set_threshold(self.ctx, value)
+            self._threshold = value
+            if self._evaluator is not None:
+                self._evaluator.close()
+
+    @property
+    def union_budget(self) -> int:
+        """Most experts per layer that a verified batch computes, those with the largest summed score; 0: no bound."""
+        return self._budget
+
+    @union_budget.setter
+    def union_budget(self, value: int) -> None:
+        with self._lock:
+            value = dial.checked_budget(value, self.exact)
+            with dial.union_budget(self.ctx, value):  # refused where there are no experts
+                self._budget = value
+            if self._loop is not None:
+                self._loop.target.budget = value
+
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after every token, float32 [n_tokens, n_vocab]; the conversation is not touched."""
         with self._lock:
@@ -410,7 +458,9 @@ class Llama(llama_cpp.Llama):
         return UnionStats(evaluations, n_tokens, active_pairs, union_size, self.n_experts)
 
     def apply_adapters(self, ctx: Any) -> None:
-        """Give another context of this model the LoRA adapter that the conversation has."""
+        """Give another context of this model the LoRA adapter and the router threshold that the conversation has."""
+        if self._threshold is not None:
+            dial.set_threshold(ctx, self._threshold)
         if self._lora_adapter is None:
             return
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)  # type: ignore[misc]

@@ -199,13 +199,14 @@ class Experts(nn.Module):
         self.shared_gate = parameter(shared, h) if shared and moe.shared_gated else None
         self.shared_down = parameter(h, shared) if shared else None
         self.given: Tensor | None = None  # bool [B, T, E]: active sets to use in place of the router's own
+        self.threshold, self.budget = 0.0, 0  # the dial of ReferenceModel.forward
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, h] -> y [B, T, h] and the router logits r [B, T, E] (float32 at least)."""
         wide = at_least_float32(x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # who is active must not depend on the training precision
             logits = functional.linear(x.to(wide), self.router.to(wide))  # [B, T, E]
-        scores = self.scores(self.selected(logits)).to(x.dtype)  # [B, T, E]
+        scores = self.dialled(self.scores(self.selected(logits))).to(x.dtype)  # [B, T, E]
         weighted = self.hidden(x) * scores[..., None]  # [B, T, E, d]
         down = self.down_exps.transpose(0, 1).flatten(1)  # [h, E*d]
         y = functional.linear(weighted.flatten(2), down)
@@ -243,6 +244,20 @@ class Experts(nn.Module):
             raise BlockffnError(f"router norm: expected none, rms, sum or normal, found {moe.router_norm!r}")
         weight = 1.0 if self.router_norm is None else self.router_norm.to(a.dtype)
         return a * weight * moe.router_scale
+
+    def dialled(self, s: Tensor) -> Tensor:
+        """s [B, T, E] with zeros where |s| < threshold * max_e |s|, then outside the `budget` largest sum_t |s|."""
+        if self.threshold > 0:
+            s = s * (s.abs() >= self.threshold * s.abs().amax(dim=-1, keepdim=True))
+        if 0 < self.budget < s.shape[-1]:
+            kept = s.abs().sum(dim=-2, keepdim=True).topk(self.budget, dim=-1).indices  # [B, 1, budget]
+            s = s * torch.zeros_like(s[:, :1]).scatter(-1, kept, 1.0)
+        return s
+
+    def computed(self, logits: Tensor) -> Tensor:
+        """Router logits [B, T, E] -> bool [B, T, E]: a > 0, before any norm, as far as the dial lets it."""
+        a = self.selected(logits)
+        return (a > 0) & (self.dialled(self.scores(a)) != 0) if self.threshold or self.budget else a > 0
 
     def hidden(self, x: Tensor) -> Tensor:
         """u_e = act(W_up[e] x), or act(W_gate[e] x) * (W_up[e] x) where gated: [B, T, E, d]."""
@@ -324,8 +339,8 @@ class Decoder(nn.Module):
         return [layer.ffn for layer in self.layers if isinstance(layer.ffn, Experts)]
 
     def active(self, routers: Sequence[Tensor]) -> list[Tensor]:
-        """Which experts compute: a > 0, before any norm. Per layer: router logits [..., E] -> bool [..., E]."""
-        return [ffn.selected(r) > 0 for ffn, r in zip(self.expert_layers(), routers, strict=True)]
+        """Which experts compute. Per layer: router logits [B, T, E] -> bool [B, T, E]."""
+        return [ffn.computed(r) for ffn, r in zip(self.expert_layers(), routers, strict=True)]
 
     def canonical(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names of blockffn.convert.model: ``layers.0.q_a``, not ``...attention.q_a``."""
@@ -389,11 +404,18 @@ class ReferenceModel:
         return cls(config, tensors, dtype)
 
     @torch.no_grad()
-    def forward(self, tokens: Sequence[int] | Tensor, active: npt.NDArray[np.bool_] | None = None) -> Output:
+    def forward(
+        self,
+        tokens: Sequence[int] | Tensor,
+        active: npt.NDArray[np.bool_] | None = None,
+        threshold: float = 0.0,
+        budget: int = 0,
+    ) -> Output:
         """Evaluate tokens [T] from position 0. Raises BlockffnError for no tokens or an id outside the vocabulary.
 
         active: bool [n_moe_layers, T, E], active sets to use in place of the router's own; scores stay those of its
         logits. It separates what the weights do from choices that rounding flips.
+        threshold, budget: leave out experts as blockffn.dial says; the whole text is one batch.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64)
         if ids.dim() != 1 or ids.numel() == 0:
@@ -406,11 +428,13 @@ class ReferenceModel:
         try:
             for layer, given in zip(layers, () if active is None else active, strict=active is not None):
                 layer.given = torch.from_numpy(given)[None]
+            for layer in layers:
+                layer.threshold, layer.budget = threshold, budget
             hidden, routers = self.decoder(ids[None])
             chosen = [a[0] for a in self.decoder.active(routers)]
         finally:
             for layer in layers:
-                layer.given = None
+                layer.given, layer.threshold, layer.budget = None, 0.0, 0
         shape = (0, ids.numel(), 0)
         return Output(
             logits=self.decoder.logits(hidden)[0],

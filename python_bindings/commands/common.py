@@ -28,6 +28,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--ctx-size", type=count, metavar="N", help="context (default: the trained one, <= 4096)")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     parser.add_argument("--ffn", choices=("union", "dense"), default="union", help="sparse op or every expert")
+    parser.add_argument(
+        "--router-threshold", type=float, metavar="T", help="skip experts below T x the token's largest score"
+    )
+    parser.add_argument(
+        "--union-budget", type=int, default=0, metavar="N", help="most experts per layer of a verified batch"
+    )
     parser.add_argument("--exact", action="store_true", help="speculative greedy text equals plain greedy text")
     parser.add_argument("--draft", metavar="ngram|PATH", help="speculate: n-grams, a draft model or an EAGLE head")
     parser.add_argument(
@@ -60,6 +66,8 @@ def open_model(args: argparse.Namespace) -> Llama:
         ffn=args.ffn,
         drafter=drafter.open_drafter(args.draft, args.tree),
         exact=args.exact,
+        router_threshold=args.router_threshold,
+        union_budget=args.union_budget,
         verbose=args.verbose,
     )
     return llm

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from blockffn import library
+from blockffn import dial, library
 from blockffn.errors import BlockffnError
 from blockffn.speculative.draft import Draft, Tokens
 
@@ -65,6 +65,7 @@ class Decoder:
         self._views: dict[tuple[int | None, int, int], Floats] = {}  # a step asks for the same few again and again
         llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
         self.evaluated = 0  # tokens of the last evaluation
+        self.budget = 0  # experts per layer that a verified batch may compute; 0: no bound
 
     def begin(self) -> None:
         """Start a generation: the cache may have been changed from outside, as by llama_cpp.Llama.load_state."""
@@ -103,7 +104,11 @@ class Decoder:
         if not draft.is_chain:
             self._share_text(first)
         self._leaves = self.batch.set_draft(root, draft, first)
-        self._decode(first)
+        if self.budget and len(draft):
+            with dial.union_budget(self.ctx, self.budget):
+                self._decode(first)
+        else:
+            self._decode(first)
 
     def evaluate_level(self, tokens: Tokens, position: int, sequences: npt.NDArray[np.int32]) -> None:
         """Evaluate `tokens` int32 [n], all at one position, each in a sequence of its own; logits for every row."""
