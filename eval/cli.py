@@ -6,6 +6,7 @@ $ blockffn eval sparsity -m model.gguf -f text.txt
 $ blockffn eval equal -m model.gguf -f text.txt --draft ngram --exact --tokens 100000
 $ blockffn eval parity -m model.gguf --checkpoint folder
 $ blockffn eval spec-bench -m model.gguf --questions question.jsonl --output answers.jsonl
+$ blockffn eval dial -m model.gguf -f text.txt --plot dial
 
 Each measure is a module, imported when it is called for.
 """
@@ -24,6 +25,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "equal": ("blockffn.eval.commands.equal", "plain against speculative greedy text, token for token"),
     "parity": ("blockffn.eval.commands.parity", "logits, router and greedy text against the checkpoint in torch"),
     "spec-bench": ("blockffn.eval.spec_bench.cli", "Spec-Bench or SPEED-Bench: plain and speculative answers, speeds"),
+    "dial": ("blockffn.eval.dial.cli", "quality against speed for router thresholds and union budgets"),
 }
 
 

@@ -11,6 +11,7 @@ of one batch, at most `MAX_LOGIT_BYTES`, and the caller's result array is the on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from blockffn import _capi, library, logs
+from blockffn import _capi, dial, library, logs
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
@@ -39,12 +40,18 @@ class Evaluator:
 
     Unless the model was given cache types, its cache is float32 and attention runs in float32: what is measured is the
     model, not the rounding of keys and values to 11 bits.
+
+    n_batch: tokens that are evaluated together, None for many. threshold, union_budget: see blockffn.dial; None has the
+    threshold of `llm`, and its budget has no part in what is evaluated here.
     """
 
-    def __init__(self, llm: Llama) -> None:
+    def __init__(
+        self, llm: Llama, n_batch: int | None = None, threshold: float | None = None, union_budget: int = 0
+    ) -> None:
+        self._threshold, self._budget = threshold, union_budget
         self._llm = cast("Llama", weakref.proxy(llm))  # the model owns this object
         self._low = library.load()
-        self._n_batch = batch_size(llm.n_vocab())
+        self._n_batch = n_batch or batch_size(llm.n_vocab())
         self._n_ctx = 0
         self._ctx: Any = None
         self._batch: Any = None
@@ -105,11 +112,14 @@ class Evaluator:
             self._batch.n_tokens = count
             np.ctypeslib.as_array(self._batch.token, (count,))[:] = piece
             np.ctypeslib.as_array(self._batch.pos, (count,))[:] = np.arange(start, start + count)
-            with logs.collect() as lines:
+            with self._bounded(), logs.collect() as lines:
                 status = self._low.llama_decode(self._ctx, self._batch)
             if status != 0:
                 raise BlockffnError(f"evaluation of token {start} failed: {logs.reason(lines) or f'status {status}'}")
             yield start, count
+
+    def _bounded(self) -> contextlib.AbstractContextManager[None]:
+        return dial.union_budget(self._ctx, self._budget) if self._budget else contextlib.nullcontext()
 
     def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int32]:
         ids = np.asarray(tokens)
@@ -147,3 +157,5 @@ class Evaluator:
         for i in range(self._n_batch):
             self._batch.n_seq_id[i], self._batch.seq_id[i][0], self._batch.logits[i] = 1, 0, 1
         self._llm.apply_adapters(ctx)
+        if self._threshold is not None:
+            dial.set_threshold(ctx, self._threshold)

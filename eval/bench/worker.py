@@ -31,13 +31,14 @@ class Worker:
     """A loaded model with a text to run through it; the text starts again when it is used up.
 
     args: the parsed arguments of `main`. known: `tokens` is the greedy text of the model, whatever stands before it.
+    verbose: llama.cpp's log goes to stderr, which names the buffers.
     """
 
-    def __init__(self, args: argparse.Namespace, tokens: Sequence[int], known: bool) -> None:
+    def __init__(self, args: argparse.Namespace, tokens: Sequence[int], known: bool, verbose: bool = True) -> None:
         import blockffn
         from blockffn.eval.bench.generate import Generation
 
-        options = {"n_batch": BATCH, "n_ubatch": BATCH, "n_threads": args.threads, "verbose": True}
+        options = {"n_batch": BATCH, "n_ubatch": BATCH, "n_threads": args.threads, "verbose": verbose}
         self.llm = blockffn.Llama(args.model, n_ctx=args.past + 2 * BATCH, ffn=args.ffn, exact=args.exact, **options)
         self.generation = Generation(self.llm, args.draft, args.scripted, args.trees)
         self.target = self.generation.target

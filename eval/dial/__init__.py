@@ -1,0 +1,1 @@
+"""What the dial of ReLU routing costs in quality and gives in speed: `blockffn eval dial`."""
