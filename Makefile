@@ -97,7 +97,7 @@ lint: venv
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*/*.h ggml-ops/*/*.cpp)
 
 bench: setup
-	$(VENV)/bin/blockffn bench
+	$(VENV)/bin/blockffn bench --report build/bench-report.html
 
 bench-ops: setup
 	$(VENV)/bin/blockffn bench ops --build $(OUT)

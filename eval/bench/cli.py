@@ -1,5 +1,6 @@
-"""`blockffn bench`: union against dense and speculative decoding, the same weights in one run.
+"""`blockffn bench`: union against dense and speculative decoding, the same weights in one run; or everything at once.
 
+    $ blockffn bench --report report.html                  # every figure that the claims rest on, in one page
     $ blockffn bench --shape 1.2b                          # a random model of a published shape, made when missing
     $ blockffn bench --shape 1.2b --acceptance 0.6,0.8     # speculation at these rates beside it
     $ blockffn bench -m model-Q4_0.gguf --dense model-dense-Q4_0.gguf --json
@@ -29,6 +30,7 @@ from blockffn.threads import physical_cores
 STUDIES = {
     "ops": ("blockffn.eval.bench.ops", "the operations alone: what `make bench-ops` runs"),
     "peers": ("blockffn.eval.bench.peers", "speculation beside llama_cpp.Llama and llama-cli on the same prompts"),
+    "load": ("blockffn.eval.bench.load", "from the start of a process to the first token, and the memory then held"),
     "convert": ("blockffn.eval.bench.convert", "time and memory of conversion"),
     "activation": ("blockffn.eval.bench.activation", "NormSiLU against SiLU"),
     "choice": ("blockffn.eval.studies.choice", "the automatic draft length against the best fixed one"),
@@ -51,6 +53,9 @@ class StudyParser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn bench` and its studies."""
+    from blockffn.eval.report import cli as report
+
+    report.add_arguments(parser)
     _add_comparison(parser)
     _add_speculation(parser)
     studies = parser.add_subparsers(
@@ -121,6 +126,10 @@ def run(args: argparse.Namespace) -> int:
     if args.study:
         code: int = importlib.import_module(STUDIES[args.study][0]).run(args)
         return code
+    from blockffn.eval.report import cli as report
+
+    if args.report is not None or _is_bare(args):
+        return report.run(args)
     from blockffn.eval.bench import models as bench
     from blockffn.eval.bench import report as bench_report
     from blockffn.eval.environment import environment, profile_directory
@@ -171,6 +180,14 @@ def _run_ops(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"environment": where, "rows": rows}))
     return 0
+
+
+def _is_bare(args: argparse.Namespace) -> bool:
+    """Return whether nothing was said but the size of a report."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    said = {name: value for name, value in vars(parser.parse_args([])).items() if name != "size"}
+    return all(getattr(args, name) == value for name, value in said.items())
 
 
 def _print_environment(where: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Everything that the claims rest on, in one HTML file: `blockffn bench --report`."""
