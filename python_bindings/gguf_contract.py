@@ -60,6 +60,12 @@ ROUTER_SCALE = "router.scale"  # constant factor on all scores (1 where absent)
 ROUTER_BIAS_METHOD = "router.bias_method"
 ROUTER_THRESHOLD = "router.threshold"  # share of a token's largest score below which experts are skipped (or 0)
 FFN_DENSE = "ffn_dense"  # never written; --override-kv blockffn.ffn_dense=bool:true runs experts densely
+# Ours, read by Python alone: the sparsity that `blockffn eval sparsity --write-metadata` measured (profile.py).
+PROFILE_TOKENS = "profile.tokens"  # of the text
+PROFILE_TLS = "profile.tls"
+PROFILE_UNION_TOKENS = "profile.union_tokens"  # sizes of batches, and
+PROFILE_UNION_EXPERTS = "profile.union_experts"  # how many experts of a layer they need, on average
+PROFILE_STEP_GROWTH = "profile.step_growth"  # of a step with each further token, where reading weights takes all time
 
 ROUTER_NORMS = ("none", "rms", "sum")  # DECO's simple and null are none (with and without weight)
 ROUTER_NORM_NORMAL = "normal"  # DECO: (a - mean) / rms; such a model is dense by nature

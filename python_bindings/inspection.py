@@ -54,10 +54,25 @@ def describe(path: str | Path, measure: str | None = None) -> dict[str, Any]:
         "parameters": _parameters(file),
         "bits_per_weight": bits_per_weight(file.tensors),
         "router": _router(file),
+        "profile": read_profile(file),
     }
     if measure is not None:
         report["measured"] = _measure(path, measure, report["parameters"], _is_dense_by_nature(file))
     return report
+
+
+def read_profile(file: GgufFile) -> dict[str, Any] | None:
+    """Return the profile of a file as {tokens, tls, union, step_growth}; None where it has none."""
+    tokens = file.get(names.PROFILE_TOKENS)
+    if tokens is None:
+        return None
+    sizes, unions = file.get(names.PROFILE_UNION_TOKENS, []), file.get(names.PROFILE_UNION_EXPERTS, [])
+    return {
+        "tokens": tokens,
+        "tls": file.get(names.PROFILE_TLS),
+        "union": dict(zip(sizes, unions, strict=True)),
+        "step_growth": file.get(names.PROFILE_STEP_GROWTH),
+    }
 
 
 def bits_per_weight(tensors: Sequence[TensorInfo]) -> float:

@@ -212,7 +212,7 @@ class Llama(llama_cpp.Llama):
                 self._ctx.ctx, self._n_vocab, self.n_embd(), self.n_batch, n_seq, used.wants_hidden, alone=True
             )
             decoder.budget = self._budget
-            policy = Policy(*limits(used), PLAIN if opened is None else plan)
+            policy = Policy(*limits(used), PLAIN if opened is None else plan, target.step_growth(self))
             self._loop = Loop(self, decoder, used, policy, target.union_counter(self))
 
     def statistics(self) -> dict[str, Any]:

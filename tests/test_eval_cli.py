@@ -50,7 +50,8 @@ def test_kld(capsys: pytest.CaptureFixture[str], blockffn_model: Path, text: Pat
 def test_sparsity(capsys: pytest.CaptureFixture[str], blockffn_model: Path, text: Path) -> None:
     lines, figures = both(capsys, ["sparsity", "-m", blockffn_model, "-f", text, "-n", 70, "--layers", "-t", 1])
     assert figures["n_tokens"] == 70 and list(figures["cls"]) == ["2", "4", "8", "16", "32", "64"]
-    assert len(lines.splitlines()) == 3 + 2 + 2  # headings, means over all and over live experts, two layers
+    # headings, means over all and over live experts, two layers, union, segments of 4, 16 and 64 tokens
+    assert len(lines.splitlines()) == 3 + 2 + 2 + 1 + 3
     assert f"{100 * figures['tls']:.2f}" in lines and f"{100 * figures['live_tls']:.2f}" in lines
     assert f"{sum(figures['layer_dead'])} of 14 experts are dead" in lines
     assert 0 <= figures["dead_share"] <= 1 and 0 <= figures["always_on_share"] <= 1

@@ -23,8 +23,9 @@ FOREIGN = {
     "pooling_type",
     "rope.scaling.attn_factor",
 }
-PYTHON_ONLY = {names.DRAFT_TOKENS}  # llama.cpp only sees how many rows the output matrix has
 CONSTANTS = {name: value for name, value in vars(names).items() if name.isupper() and isinstance(value, str)}
+# llama.cpp only sees how many rows the output matrix has, and nothing of what was measured
+PYTHON_ONLY = {names.DRAFT_TOKENS, *(value for name, value in CONSTANTS.items() if name.startswith("PROFILE_"))}
 TENSORS = {name: value for name, value in CONSTANTS.items() if value.endswith((".weight", ".bias"))}
 KEYS = {name: value for name, value in CONSTANTS.items() if name not in TENSORS and name not in NOT_KEYS}
 

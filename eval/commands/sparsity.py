@@ -1,33 +1,75 @@
-"""How sparse the router is on a text: token- and chunk-level sparsity, dead and always-on experts.
+"""How sparse the router is on a text, per layer and expert: sparsity, unions, dead experts, local consistency.
 
-$ blockffn eval sparsity -m model.gguf -f text.txt --layers
+$ blockffn eval sparsity -m model.gguf -f text.txt --layers --plot build/model
+$ blockffn eval sparsity -m model.gguf -f text.txt --write-metadata
+
+--plot STEM draws STEM-experts and STEM-union, each as png and svg. --write-metadata stores the profile in the model
+file, where `blockffn inspect` shows it and the choice of drafts begins with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockffn.eval.commands import common
 
 if TYPE_CHECKING:
-    from blockffn.eval.quality.sparsity import Sparsity
+    from blockffn.eval.quality.consistency import Consistency
+    from blockffn.eval.quality.sparsity import Profile, Sparsity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn eval sparsity`."""
     common.add_arguments(parser)
+    common.add_window(parser)
     parser.add_argument("--layers", action="store_true", help="print every layer")
+    parser.add_argument("--plot", metavar="STEM", help="draw STEM-experts and STEM-union, png and svg")
+    parser.add_argument("--write-metadata", action="store_true", help="store the profile in the model file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the figures."""
-    from blockffn.eval.quality.sparsity import sparsity
+    """Print the figures, draw and store them as asked."""
+    from blockffn.eval.progress import Shown
+    from blockffn.eval.quality.sparsity import profile
 
     with common.open_model(args.model, args) as llm:
-        result = sparsity(llm, common.text_tokens(llm, args))
-    return common.print_result(args, result.to_dict(), describe_sparsity(result, args.layers))
+        found = profile(llm, common.text_tokens(llm, args), args.ctx_size, Shown("TLS", "window"))
+    if args.plot:
+        _draw(found, args.plot)
+    if args.write_metadata:
+        from blockffn.profile import write_profile
+
+        tokens = found.sparsity.n_tokens
+        write_profile(args.model, {"tokens": tokens, "tls": found.sparsity.tls, "union": found.union})
+        print(f"{args.model}: profile stored", file=sys.stderr)
+    text = "\n".join([describe_sparsity(found.sparsity, args.layers), describe_rest(found)])
+    return common.print_result(args, found.to_dict(), text)
+
+
+def _draw(found: Profile, stem: str) -> None:
+    from blockffn.eval.quality.pictures import heat_map, union_curve
+
+    for path in [*heat_map(found, f"{stem}-experts"), *union_curve(found, f"{stem}-union")]:
+        print(f"{path} drawn", file=sys.stderr)
+
+
+def describe_rest(found: Profile) -> str:
+    """Return the union curve and local consistency in words."""
+    n_experts = found.sparsity.n_experts
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n in found.union]
+    union = ", ".join(f"{n}: {found.union[n]:.1f}" for n in sizes)
+    return "\n".join([f"experts of {n_experts} that n tokens need: {union}", *_consistency(found.consistency)])
+
+
+def _consistency(found: Consistency) -> list[str]:
+    lines = []
+    for length, srp in found.srp.items():
+        rates = ", ".join(f"SCH({rho:g}) {rate:.3f}" for rho, rate in found.sch[length].items())
+        lines.append(f"segments of {length:>3} tokens: SRP {srp:.3f}, {rates}")
+    return lines
 
 
 def describe_sparsity(result: Sparsity, layers: bool = False) -> str:

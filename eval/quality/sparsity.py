@@ -1,25 +1,58 @@
-"""Token-level and chunk-level sparsity of a model on a text (BlockFFN arXiv 2507.08771, section 3.2).
+"""How a model's router behaves on a text: sparsity, unions, use of every expert, local consistency.
 
     >>> import blockffn
     >>> llm = blockffn.Llama("model.gguf")                                # doctest: +SKIP
     >>> blockffn.eval.sparsity(llm, llm.tokenize(b"import os")).tls       # doctest: +SKIP
     0.81
+    >>> profile(llm, tokens).union[8]                                     # doctest: +SKIP
+    22.4
 
-The figures themselves are those of blockffn.sparsity, which the trainer and `blockffn inspect --measure` share.
+TLS and CLS_c (BlockFFN arXiv 2507.08771, section 3.2) are those of blockffn.sparsity, which the trainer and
+`blockffn inspect --measure` share; SRP and SCH are in consistency.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
+from blockffn.eval.quality.consistency import Consistency, consistency
 from blockffn.sparsity import CHUNKS, Sparsity, of_activity
 
 if TYPE_CHECKING:
     from blockffn.llama import Llama
 
-__all__ = ["Sparsity", "sparsity"]
+__all__ = ["Profile", "Sparsity", "profile", "profile_of", "sparsity"]
+
+UNIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens of a batch whose union is stated
+Progress = Callable[[int, int, float], None]  # windows done, windows in all, TLS so far
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a text says about a router."""
+
+    sparsity: Sparsity
+    consistency: Consistency
+    window: int  # tokens that were evaluated together, from an empty cache
+    usage: npt.NDArray[np.float64]  # share of the tokens that activate an expert, [n_moe_layers, n_experts]
+    union: dict[int, float]  # tokens of a batch -> experts that at least one of them activates, mean over the layers
+    layer_union: dict[int, npt.NDArray[np.float64]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain Python values, for JSON."""
+        figures = self.sparsity.to_dict() | self.consistency.to_dict()
+        return figures | {
+            "window": self.window,
+            "union": {str(n): value for n, value in self.union.items()},
+            "layer_union": {str(n): values.tolist() for n, values in self.layer_union.items()},
+            "usage": self.usage.tolist(),
+        }
 
 
 def sparsity(llm: Llama, tokens: Sequence[int], chunks: Sequence[int] = CHUNKS) -> Sparsity:
@@ -30,3 +63,37 @@ def sparsity(llm: Llama, tokens: Sequence[int], chunks: Sequence[int] = CHUNKS) 
     if len(tokens) == 0:
         raise BlockffnError("sparsity: expected a text of at least one token, found none")
     return of_activity(llm.active_experts(tokens), chunks)
+
+
+def profile(llm: Llama, tokens: Sequence[int], window: int = 512, progress: Progress | None = None) -> Profile:
+    """Evaluate a text in windows and return its profile; an incomplete last window is dropped, a short text is one.
+
+    Memory: one byte for each token, layer and expert, beside one window of logits. Errors: as `sparsity`.
+    """
+    if len(tokens) == 0:
+        raise BlockffnError("sparsity: expected a text of at least one token, found none")
+    window = min(window, len(tokens))
+    starts = range(0, len(tokens) - window + 1, window)
+    active = np.zeros((llm.n_moe_layers, len(starts) * window, llm.n_experts), np.bool_)
+    for done, start in enumerate(starts, 1):
+        active[:, start : start + window] = llm.active_experts(tokens[start : start + window])
+        if progress is not None:
+            progress(done, len(starts), 1.0 - float(active[:, : start + window].mean()))
+    return profile_of(active, window)
+
+
+def profile_of(active: npt.NDArray[np.bool_], window: int = 0) -> Profile:
+    """Return the profile of choices bool [n_moe_layers, n_tokens, n_experts], as `of_activity` takes them."""
+    n_tokens, n_experts = active.shape[1:]
+    window = window or n_tokens
+    sizes = [n for n in UNIONS if n <= window]
+    shares = of_activity(active, sizes, window).layer_cls
+    layer_union = {n: (1.0 - layers) * n_experts for n, layers in shares.items()}
+    return Profile(
+        sparsity=of_activity(active, CHUNKS, window),
+        consistency=consistency(active, window=window),
+        window=window,
+        usage=active.mean(axis=1),
+        union={n: float(layers.mean()) for n, layers in layer_union.items()},
+        layer_union=layer_union,
+    )

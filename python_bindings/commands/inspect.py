@@ -42,6 +42,8 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{_bytes(report['file_bytes'])}{parts}, {report['bits_per_weight']:.2f} bits per weight")
     _section("hyper-parameters", report["hyper_parameters"])
     _section("router", report["router"] or {"none": "no routed experts"})
+    if report["profile"]:
+        _print_profile(report["profile"])
     _section("tokenizer", report["tokenizer"])
     _section("source", {k: v for k, v in report["general"].items() if k not in ("architecture", "name")})
     print("\ntensor types")
@@ -50,6 +52,19 @@ def _print(report: dict[str, Any]) -> None:
     _section("parameters", {name: f"{value:,}" for name, value in report["parameters"].items()})
     if "measured" in report:
         _print_measured(report["measured"])
+
+
+def _print_profile(profile: dict[str, Any]) -> None:
+    union = ", ".join(f"{n}: {experts:.1f}" for n, experts in profile["union"].items())
+    _section(
+        "sparsity profile, stored in the file",
+        {
+            "tokens": profile["tokens"],
+            "sparsity (TLS)": f"{100 * profile['tls']:.1f} %",
+            "experts by tokens in a batch": union,
+            "growth of a step with a token": f"{100 * profile['step_growth']:.1f} % of a plain step, if reading bound",
+        },
+    )
 
 
 def _print_measured(measured: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ RECENT = 200  # if they are not older than so many steps: a longer context slows
 CLOCK = 1e-9  # seconds; nothing takes less
 FOLLOW, LEAP = 0.6, 1.05  # share of a step's surprise that is put down to the machine; what counts of it at most: what
 # disturbs a step makes it longer, never shorter, and the pace would creep up with every outlier
-PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step
+PRIOR_SLOPE = 0.2  # before any measurement: each further token costs this part of a plain step, if no profile says more
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # acceptance before any measurement, and how many observations it counts for
 MEMORY = 24.0  # drafts after which evidence about a position counts for a third: luck comes in bursts
 POSITION_WEIGHT = 20.0  # how many observations the position before counts for
@@ -67,10 +67,11 @@ class StepTimes:
     measured long ago stays comparable. A relative time is a median of the last few, drawn a little towards the line
     between its neighbours, the more the fewer there are; what was never measured lies on the line.
     The first step of another size than the one before counts only until better is known: llama.cpp builds a new graph
-    for it.
+    for it. `slope`: what a further token is believed to cost before two sizes are known, in plain steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slope: float = PRIOR_SLOPE) -> None:
+        self._slope = slope
         self._pace = 0.0  # seconds of one unit
         self._of: dict[int, Size] = {}  # by tokens
         self._sizes: list[int] = []  # the measured ones, ascending
@@ -142,7 +143,7 @@ class StepTimes:
         """Return the relative time of a size beyond the measured ones, where the time is a line."""
         first, last = self._sizes[0], self._sizes[-1]
         if first == last:
-            slope = PRIOR_SLOPE * self._of[first].median / (1 + PRIOR_SLOPE * (first - 1))
+            slope = self._slope * self._of[first].median / (1 + self._slope * (first - 1))
         else:
             slope = max(0.0, (self._of[last].median - self._of[first].median) / (last - first))
         end = first if tokens < first else last

@@ -65,13 +65,22 @@ def limits(drafter: Drafter) -> tuple[int, tuple[int, ...]]:
 
 
 class Policy:
-    """Chooses the plan of each step. With `fixed` it never changes."""
+    """Chooses the plan of each step. With `fixed` it never changes.
 
-    def __init__(self, max_nodes: int, tree_sizes: tuple[int, ...] = (), fixed: Plan | None = None) -> None:
+    growth: what a further token adds to a step, in plain steps, before it is measured: from the profile of the model.
+    """
+
+    def __init__(
+        self,
+        max_nodes: int,
+        tree_sizes: tuple[int, ...] = (),
+        fixed: Plan | None = None,
+        growth: float | None = None,
+    ) -> None:
         chains = [Plan(n) for n in sorted({*(n for n in LENGTHS if n < max_nodes), max_nodes})]
         self.plans = chains + [Plan(size, tree=True) for size in tree_sizes]
         self.fixed = fixed
-        self.times = StepTimes()
+        self.times = StepTimes() if growth is None else StepTimes(growth)
         self.sources = Sources(max_nodes)
         self.switched_off = 0  # how often drafting was given up
         self.reason = ""  # why it was given up the last time

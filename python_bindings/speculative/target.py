@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from blockffn import _capi, library, logs
+from blockffn import _capi, gguf_contract, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.speculative.drafter import Drafter
 
@@ -75,6 +75,15 @@ def union_counter(llm: Any, ctx: int | None = None) -> Callable[[], float] | Non
         return float(arrays[3].sum()) / layers
 
     return count
+
+
+def step_growth(llm: Any) -> float | None:
+    """Return what a further token adds to a step by the profile in the file; None without one, or run densely."""
+    found = llm.metadata.get(gguf_contract.key(gguf_contract.PROFILE_STEP_GROWTH))
+    if found is None or llm.ffn == "dense":
+        return None
+    growth = float(found)
+    return growth if 0.0 <= growth <= 1.0 else None
 
 
 def check_fits(llm: Any, drafter: Drafter) -> None:
