@@ -37,7 +37,8 @@ class _View:
     """A model at one point of the dial, as `divergence` wants it; the weights are those of `llm`."""
 
     def __init__(self, llm: Llama, point: Point) -> None:
-        self.model_path, self.n_vocab, self.token_bos = llm.model_path, llm.n_vocab, llm.token_bos
+        self.model_path, self._model = llm.model_path, llm._model
+        self.n_vocab, self.token_bos = llm.n_vocab, llm.token_bos
         batch = BATCH if point.budget else None
         self.evaluator = Evaluator(llm, batch, point.threshold, point.budget)
 
