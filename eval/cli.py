@@ -24,6 +24,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "sparsity": ("blockffn.eval.commands.sparsity", "how sparse the router is on a text, per layer and expert"),
     "equal": ("blockffn.eval.commands.equal", "plain against speculative greedy text, token for token"),
     "parity": ("blockffn.eval.commands.parity", "logits, router and greedy text against the checkpoint in torch"),
+    "lm-eval": ("blockffn.eval.harness.cli", "the command line of lm_eval, with our models among its models"),
     "spec-bench": ("blockffn.eval.spec_bench.cli", "Spec-Bench or SPEED-Bench: plain and speculative answers, speeds"),
     "dial": ("blockffn.eval.dial.cli", "quality against speed for router thresholds and union budgets"),
 }

@@ -19,13 +19,13 @@ EVERY = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Counts `total` items, of which `done` are done already."""
+    """Counts `total` items, of which `done` are done already; `quiet` shows nothing."""
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int, unit: str, done: int = 0, quiet: bool = False) -> None:
         self._total, self._done, self._first, self._unit = total, done, done, unit
         self._started = self._said = time.monotonic()
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=f" {unit}", disable=quiet, leave=False)
+        self._lines = not sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=total, initial=done, unit=f" {unit}", disable=quiet or self._lines, leave=False)
         if done:
             print(f"{done} of {total} {unit}s were done before", file=sys.stderr, flush=True)
 
@@ -44,7 +44,7 @@ class Progress:
         self._bar.update(count)
         self._done += count
         now = time.monotonic()
-        if self._bar.disable and now - self._said > EVERY:
+        if self._lines and now - self._said > EVERY:
             self._said = now
             left = (now - self._started) / max(1, self._done - self._first) * (self._total - self._done)
             parts = [f"{self._done}/{self._total} {self._unit}s", *([note] if note else []), f"{duration(left)} left"]

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 TEMPLATE = "tokenizer.chat_template"
 
 
-def template(llm: Llama) -> Any:
-    """Return the formatter of the model's own chat template; BlockffnError where it has none."""
+def template(llm: Llama, cure: str = "--plain sends every turn as it is") -> Any:
+    """Return the formatter of the model's own chat template; BlockffnError, with the `cure`, where it has none."""
     source = llm.metadata.get(TEMPLATE)
     if not source:
-        raise BlockffnError(
-            f"{llm.model_path}: this model has no chat template (key {TEMPLATE}); --plain sends every turn as it is"
-        )
+        raise BlockffnError(f"{llm.model_path}: this model has no chat template (key {TEMPLATE}); {cure}")
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     def text(token: int) -> str:
