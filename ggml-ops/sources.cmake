@@ -1,5 +1,5 @@
 # What the patched upstream tree compiles from this folder (BLOCKFFN_OPS_DIR); see patches/0002-build-our-files.patch.
-set(BLOCKFFN_CPU_SOURCES flash-attn.cpp relu-router.cpp union-ffn.cpp union-ffn-ref.cpp token-tiles.cpp tile-general.cpp tile-x86.cpp
+set(BLOCKFFN_CPU_SOURCES flash-attn.cpp flash-attn-op.cpp flash-attn-stages.cpp relu-router.cpp union-ffn.cpp union-ffn-ref.cpp token-tiles.cpp tile-general.cpp tile-x86.cpp
                          tile-x86-q4.cpp tile-x86-q8.cpp tile-x86-q6.cpp tile-x86-float.cpp tile-arm.cpp)  # into ggml-cpu
 set(BLOCKFFN_LLAMA_SOURCES blockffn-load.cpp blockffn-model.cpp blockffn-graph.cpp blockffn-eagle.cpp blockffn-stats.cpp
                            blockffn-times.cpp blockffn-dial.cpp)  # into libllama
@@ -9,5 +9,5 @@ list(TRANSFORM BLOCKFFN_LLAMA_SOURCES PREPEND ${BLOCKFFN_OPS_DIR}/llama/)
 
 # GCC tunes for AMD's Zen 3 and 4 in a way that costs the attention kernel a sixth of its speed there (GCC 12, Zen 4)
 if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-    set_source_files_properties(${BLOCKFFN_OPS_DIR}/cpu/flash-attn.cpp PROPERTIES COMPILE_OPTIONS -mtune=generic)
+    set_source_files_properties(${BLOCKFFN_OPS_DIR}/cpu/flash-attn-stages.cpp PROPERTIES COMPILE_OPTIONS -mtune=generic)
 endif()

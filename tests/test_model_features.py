@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from tiny_llama import write_llama
 
 import blockffn
 from blockffn import library
@@ -274,3 +275,29 @@ def test_an_adapter_counts(tmp_path: Path, kind: str) -> None:
     plain, merged = opened_with(tmp_path / "plain.gguf"), opened_with(tmp_path / "merged.gguf")
     assert nmse(opened_with(tmp_path / "plain.gguf", lora_path=str(tmp_path / "adapter.gguf")), merged) < 1e-9
     assert nmse(plain, merged) > 1e-3
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["llama", "blockffn"])
+def test_attention_does_not_depend_on_the_place_in_the_cache(stock: bool, tmp_path: Path) -> None:
+    """Bit-equal behind and between cells of another sequence, in stock architectures too: ggml's own kernel is not."""
+    path = tmp_path / "model.gguf"
+    if stock:
+        write_llama(path, n_embd=128)
+    else:
+        source = write_checkpoint(tmp_path / "source", **KINDS["mla"])
+        blockffn.convert.convert_checkpoint(source, path, outtype="f32")
+    llm = blockffn.Llama(path, n_threads=2, n_threads_batch=2, flash_attn=True)
+    text = np.random.default_rng(0).integers(3, 250, 601).tolist()
+    found = []
+    for before, between in ((0, 0), (1, 0), (130, 3)):
+        batch = Batch(llm, 2, kv_unified=True, n_ctx=1024)
+        if before:
+            batch.decode(rows([9] * before, 0, 1))
+        for i in range(3):
+            batch.decode(rows(text[200 * i : 200 * i + 200], 200 * i))
+            if between:
+                batch.decode(rows([9] * between, before + between * i, 1))
+        found.append(batch.decode(rows(text[600:], 600)))
+        batch.close()
+    llm.close()
+    assert all(np.array_equal(logits, found[0]) for logits in found)

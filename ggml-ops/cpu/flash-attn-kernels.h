@@ -133,7 +133,7 @@ inline void flash_scores(const float * const * q,
     });
 }
 
-// o[r][0 .. C vectors) = sum over the keys [first, end) of p[r][key] * v[key]
+// o[r][0 .. C vectors) += sum over the keys [first, end) of p[r][key] * v[key]
 template <typename T, int R, int C>
 FLASH_BLOCK void flash_values_block(const float * const * p,
                                     const char *          v,
@@ -147,7 +147,7 @@ FLASH_BLOCK void flash_values_block(const float * const * p,
     for (int r = 0; r < R; r++) {
 #    pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
-            sum[r][c] = fvec_set(0.0f);
+            sum[r][c] = fvec_load(o[r] + column + c * FVEC);
         }
     }
     for (int64_t j = first; j < end; j++) {
@@ -208,7 +208,7 @@ inline void flash_values_columns(const float * const * p,
     }
 }
 
-// o[r] = sum over the keys [first, end) of p[r][key] * value key, r < n_rows <= VALUE_ROWS, for the columns [column, d)
+// o[r] += sum over the keys [first, end) of p[r][key] * value key, r < n_rows <= VALUE_ROWS, for the columns [column, d)
 template <typename T>
 inline void flash_values(const float * const * p,
                          int64_t               n_rows,
@@ -222,25 +222,6 @@ inline void flash_values(const float * const * p,
         constexpr int R = decltype(rows)::value;
         flash_values_columns<T, R, R <= 3 ? WIDE_COLUMNS : COLUMNS>(p, values, first, end, o, column, d);
     });
-}
-
-// the same for one row, leaving out the keys whose weight is zero
-template <typename T>
-inline void flash_values_sparse(const float *      p,
-                                const flash_rows & values,
-                                int64_t            first,
-                                int64_t            end,
-                                int64_t            d,
-                                float *            o) {
-    for (int64_t c = 0; c < d; c += FVEC) {
-        fvec sum = fvec_set(0.0f);
-        for (int64_t j = first; j < end; j++) {
-            if (p[j] != 0.0f) {
-                sum = fvec_fma(fvec_set(p[j]), fvec_load((const T *) (values.data + j * values.stride) + c), sum);
-            }
-        }
-        fvec_store(o + c, sum);
-    }
 }
 
 #endif

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define FLASH_VEC 1
@@ -94,6 +95,19 @@ inline void fvec_sum4(const fvec v[4], float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// The sum of numbers from 0 to 1 in units of 2^-30, as integers: it does not depend on their order.
+typedef __m512i fvec_total;
+
+inline fvec_total fvec_total_zero() {
+    return _mm512_setzero_si512();
+}
+
+inline fvec_total fvec_total_add(fvec_total sum, fvec x) {
+    const __m512i i    = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(0x1p30f)));
+    const __m512i even = _mm512_and_si512(i, _mm512_set1_epi64(0xffffffff));
+    return _mm512_add_epi64(_mm512_add_epi64(sum, even), _mm512_srli_epi64(i, 32));
+}
+
 #    elif defined(__AVX2__)
 
 typedef __m256    fvec;
@@ -161,6 +175,18 @@ inline void fvec_sum4(const fvec v[4], float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+typedef __m256i fvec_total;
+
+inline fvec_total fvec_total_zero() {
+    return _mm256_setzero_si256();
+}
+
+inline fvec_total fvec_total_add(fvec_total sum, fvec x) {
+    const __m256i i    = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(0x1p30f)));
+    const __m256i even = _mm256_and_si256(i, _mm256_set1_epi64x(0xffffffff));
+    return _mm256_add_epi64(_mm256_add_epi64(sum, even), _mm256_srli_epi64(i, 32));
+}
+
 #    else
 
 typedef float32x4_t fvec;
@@ -223,7 +249,26 @@ inline void fvec_sum4(const fvec v[4], float * out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])));
 }
 
+typedef int64x2_t fvec_total;
+
+inline fvec_total fvec_total_zero() {
+    return vdupq_n_s64(0);
+}
+
+inline fvec_total fvec_total_add(fvec_total sum, fvec x) {
+    return vpadalq_s32(sum, vcvtnq_s32_f32(vmulq_f32(x, vdupq_n_f32(0x1p30f))));
+}
+
 #    endif
+
+inline float fvec_total_get(fvec_total sum) {
+    int64_t parts[sizeof(sum) / sizeof(int64_t)], all = 0;
+    memcpy(parts, &sum, sizeof(sum));
+    for (int64_t part : parts) {
+        all += part;
+    }
+    return (float) ((double) all * 0x1p-30);
+}
 
 inline float fvec_sum(fvec v) {
     const fvec all[4] = { v, v, v, v };

@@ -16,7 +16,7 @@ struct ggml_compute_params;
 bool ggml_compute_forward_flash_attn(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 // the same for the bytes of scratch
-bool ggml_flash_attn_work_size(const struct ggml_tensor * dst, int n_tasks, size_t * size);
+bool ggml_flash_attn_work_size(struct ggml_tensor * dst, int n_tasks, size_t * size);
 
 // a FLASH_ATTN_EXT node that ggml's own kernels shall compute, row by row of the query: op_params[5], which ggml leaves 0
 static inline void ggml_flash_attn_set_row_by_row(struct ggml_tensor * dst) {

@@ -1,0 +1,177 @@
+// What the attention kernel works on: the node, its pieces, rows and tiles.
+#include "flash-attn-op.h"
+
+#include "ggml-impl.h"
+
+#if FLASH_VEC
+
+namespace {
+
+constexpr int64_t MAX_SHARED = 4 << 20;  // floats of scores that threads share
+constexpr int64_t MAX_SCORES = 1 << 20;  // floats of scores of a block, unless it has but FEW_ROWS
+constexpr int64_t FEW_ROWS   = 16;
+const ggml_fp16_t MASKED     = 0xfc00;   // -inf
+
+int64_t odd_lines(int64_t n) {
+    return (attn_pad(n, LINE) / LINE | 1) * LINE;
+}
+
+bool readable(const ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type) && (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
+}
+
+// all threads are busy nine tenths of the time
+bool balanced(int64_t n_pieces, int n_threads) {
+    const int64_t rounds = (n_pieces + n_threads - 1) / n_threads;
+    return 10 * n_pieces >= 9 * rounds * n_threads;
+}
+
+}  // namespace
+
+bool attn_op_get(ggml_tensor * dst, attn_op & op) {
+    if (dst->op != GGML_OP_FLASH_ATTN_EXT || dst->op_params[5]) {
+        return false;
+    }
+    op.dst   = dst;
+    op.q     = dst->src[0];
+    op.k     = dst->src[1];
+    op.v     = dst->src[2];
+    op.mask  = dst->src[3];
+    op.sinks = dst->src[4];
+
+    op.scale    = ggml_get_op_params_f32(dst, 0);
+    op.max_bias = ggml_get_op_params_f32(dst, 1);
+    op.softcap  = ggml_get_op_params_f32(dst, 2);
+
+    op.dk         = op.k->ne[0];
+    op.dv         = op.v->ne[0];
+    op.n_tokens   = op.q->ne[1];
+    op.n_kv       = op.k->ne[1];
+    op.n_heads    = op.q->ne[2];
+    op.n_heads_kv = op.k->ne[2];
+    op.n_streams  = op.q->ne[3];
+    op.group      = op.n_heads / op.n_heads_kv;
+    op.n_rows     = op.group * op.n_tokens;
+    op.dk_pad     = attn_pad(op.dk, FVEC);
+    op.dv_pad     = attn_pad(op.dv, FVEC);
+    op.n_tiles    = (op.n_kv + TILE - 1) / TILE;
+
+    op.tile_stride  = odd_lines(std::max(op.dk, op.dv));
+    op.score_stride = odd_lines(op.n_tiles * TILE + 1);
+    op.sum_stride   = odd_lines(op.dv);
+    return op.q->type == GGML_TYPE_F32 && op.q->nb[0] == sizeof(float) && readable(op.k) && readable(op.v) &&
+           op.v->ne[2] == op.n_heads_kv && op.k->ne[3] == op.n_streams && op.v->ne[3] == op.n_streams;
+}
+
+int64_t attn_block_rows(const attn_op & op) {
+    return std::min(op.n_rows, std::clamp(MAX_SCORES / op.score_stride, FEW_ROWS, MAX_ROWS));
+}
+
+int64_t attn_shared_scores(const attn_op & op) {
+    const int64_t size = op.n_rows * op.n_heads_kv * op.n_streams * op.score_stride;
+    return size <= MAX_SHARED ? size : 0;
+}
+
+attn_plan attn_plan_get(const attn_op & op, int n_threads) {
+    const int64_t heads  = op.n_heads_kv * op.n_streams;
+    const int64_t rows   = attn_block_rows(op);
+    const int64_t fewest = (op.n_rows + rows - 1) / rows;
+    const int64_t most   = std::max(fewest, op.n_rows / MIN_ROWS);
+
+    attn_plan p = { fewest, false, 1 };
+    for (; p.n_blocks <= most; p.n_blocks++) {
+        if (balanced(heads * p.n_blocks, n_threads)) {
+            return p;
+        }
+    }
+    p.by_stage = op.n_tiles > 1 && attn_shared_scores(op) > 0;
+    p.n_blocks = p.by_stage ? fewest : most;
+    if (p.by_stage) {
+        while (heads * p.n_blocks * op.n_tiles < n_threads && p.n_blocks < op.n_rows) {
+            p.n_blocks++;
+        }
+        while (p.n_strips < op.dv / STRIP && !balanced(heads * p.n_blocks * p.n_strips, n_threads)) {
+            p.n_strips++;
+        }
+    }
+    return p;
+}
+
+attn_piece attn_piece_get(const attn_op & op, const attn_plan & p, int64_t i) {
+    const int64_t block = i % p.n_blocks;
+    const int64_t head  = i / p.n_blocks;
+    const int64_t row   = op.n_rows * block / p.n_blocks;
+    return { head % op.n_heads_kv, head / op.n_heads_kv, row, op.n_rows * (block + 1) / p.n_blocks - row };
+}
+
+attn_row attn_row_get(const attn_op & op, const attn_piece & piece, int64_t i) {
+    attn_row row;
+    row.scores = nullptr;
+    row.token  = (piece.row + i) / op.group;
+    row.head   = piece.head_kv * op.group + (piece.row + i) % op.group;
+    row.q      = (const float *) ((const char *) op.q->data + row.token * op.q->nb[1] + row.head * op.q->nb[2] +
+                             piece.stream * op.q->nb[3]);
+    row.mask   = nullptr;
+    if (const ggml_tensor * m = op.mask) {
+        row.mask = (const ggml_fp16_t *) ((const char *) m->data + row.token * m->nb[1] +
+                                          row.head % m->ne[2] * m->nb[2] + piece.stream % m->ne[3] * m->nb[3]);
+    }
+    row.slope = 1.0f;
+    if (op.max_bias > 0.0f) {
+        const int64_t n_log2 = 1ll << (int) std::floor(std::log2(op.n_heads));
+        row.slope            = row.head < n_log2 ?
+                                   std::pow(std::pow(2.0f, -op.max_bias / n_log2), row.head + 1) :
+                                   std::pow(std::pow(2.0f, -op.max_bias / 2.0f / n_log2), 2 * (row.head - n_log2) + 1);
+    }
+    return row;
+}
+
+attn_tile attn_tile_get(const attn_op & op, const attn_row * rows, int64_t n_rows, int64_t index) {
+    attn_tile t;
+    t.start                 = index * TILE;
+    t.n                     = 0;
+    const int64_t       n   = std::min(TILE, op.n_kv - t.start);
+    int64_t             low = n, high = 0;  // of what any row sees
+    const ggml_fp16_t * seen = nullptr;     // the mask row looked at last; rows of a token mostly share it
+    bool                any  = true;
+    for (int64_t i = 0; i < n_rows; i++) {
+        if (!rows[i].mask) {
+            low  = 0;
+            high = n;
+        } else if (rows[i].mask != seen) {
+            seen                  = rows[i].mask;
+            const ggml_fp16_t * m = seen + t.start;
+            int64_t             a = 0, b = n;
+            while (a < n && m[a] == MASKED) {
+                a++;
+            }
+            while (b > a && m[b - 1] == MASKED) {
+                b--;
+            }
+            any = a < b;
+            if (any) {
+                low  = std::min(low, a);
+                high = std::max(high, b);
+            }
+        }
+        if (any) {
+            t.rows[t.n++] = (int16_t) i;
+        }
+    }
+    t.first = low / LINE * LINE;
+    t.end   = high;
+    return t;
+}
+
+attn_scratch::attn_scratch(const attn_op & op, float * at) {
+    q    = at;
+    tile = q + MAX_ROWS * attn_pad(op.dk, LINE);
+    sums = tile + TILE * op.tile_stride;
+    bias = sums + MAX_ROWS * op.sum_stride;
+}
+
+int64_t attn_scratch::size(const attn_op & op) {
+    return MAX_ROWS * (attn_pad(op.dk, LINE) + op.sum_stride) + TILE * (op.tile_stride + 1);
+}
+
+#endif
