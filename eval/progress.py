@@ -62,7 +62,8 @@ class Shown:
     def __call__(self, done: int, total: int, value: float) -> None:
         """Show the state. The first call tells where the work begins: after what an interrupted run had done."""
         if self._progress is None:
-            self._progress, self._done = Progress(total, self._unit, done), done
+            self._done = done if done > 1 else 0  # 1: the first item of a run that began at none
+            self._progress = Progress(total, self._unit, self._done)
         self._progress.step(done - self._done, f"{self._figure} {value:.5g}")
         self._done = done
         if done >= total:

@@ -86,6 +86,9 @@ def test_plain_lines_tell_the_time_left(capsys: pytest.CaptureFixture[str], monk
         clock[0] += 2.0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "50 of 100 windows were done before"
+    fresh = Shown("perplexity", "window")
+    fresh(1, 2, 7.25)
+    assert capsys.readouterr().err == ""
     assert lines[1] == "56/100 windows, perplexity 7.25, 88 s left" and len(lines) == 9
 
 

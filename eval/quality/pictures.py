@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blockffn.errors import BlockffnError
 
 if TYPE_CHECKING:
+    from blockffn.eval.quality.advisor import Advice
     from blockffn.eval.quality.sparsity import Profile
 
 KINDS = ("png", "svg")
@@ -47,6 +48,28 @@ def union_curve(profile: Profile, stem: str | Path) -> list[str]:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
+    return save(figure, stem)
+
+
+def advice(found: Advice, stem: str | Path) -> list[str]:
+    """Draw the cost of a step over its tokens, and the best speedup over the acceptance, at both context lengths."""
+    from blockffn.eval.quality.advisor import gain
+
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4))
+    rates = [i / 50 for i in range(50)]
+    for context in found.contexts:
+        sizes, label = list(context.step_ms), f"after {context.past} tokens"
+        left.plot(sizes, [context.cost(n) for n in sizes], marker="o", label=label)
+        chains = range(max(sizes))
+        costs = [context.cost(1 + chain) for chain in chains]
+        speeds = [max(gain(chain, rate) / costs[chain] for chain in chains) for rate in rates]
+        right.plot(rates, speeds, label=label)
+    left.plot([1, max(sizes)], [1, max(sizes)], "--", color="0.6", label="one by one")
+    left.set(xlabel="tokens in a step", ylabel="plain steps", title="cost of a step")
+    right.set(xlabel="acceptance of a drafted token", ylabel="times plain decoding", title="best chain, free drafts")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
     return save(figure, stem)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from blockffn.commands.common import count
+from blockffn.errors import BlockffnError
 from blockffn.inspection import SAMPLE_TEXT, describe
 
 
@@ -20,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="load the model and measure sparsity and active parameters on a text (default: a built-in one)",
     )
+    parser.add_argument(
+        "--speculation", action="store_true", help="load the model, time steps of 1 to 32 tokens: will drafting pay?"
+    )
+    parser.add_argument("--plot", metavar="STEM", help="with --speculation: draw STEM.png and STEM.svg")
+    parser.add_argument("-t", "--threads", type=count, metavar="N", help="of --speculation (default: physical cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -28,12 +36,37 @@ def run(args: argparse.Namespace) -> int:
     text = None
     if args.measure is not None:
         text = Path(args.measure).read_text(encoding="utf-8", errors="replace") if args.measure else SAMPLE_TEXT
+    if args.plot and not args.speculation:
+        raise BlockffnError("--plot: needs --speculation")
     report = describe(args.model, text)
+    advice = _advice(args) if args.speculation else None
+    if advice is not None:
+        report["speculation"] = advice.to_dict()
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
+        if advice is not None:
+            from blockffn.eval.quality import advisor
+
+            print(f"\n{advisor.describe(advice)}")
     return 0
+
+
+def _advice(args: argparse.Namespace) -> Any:
+    """Measure steps of the model, and draw what was found as asked."""
+    import blockffn
+    from blockffn.eval.progress import Shown
+    from blockffn.eval.quality import advisor
+
+    with blockffn.Llama(args.model, n_threads=args.threads) as llm:
+        found = advisor.measure(llm, Shown("ms", "step"))
+    if args.plot:
+        from blockffn.eval.quality.pictures import advice
+
+        for path in advice(found, args.plot):
+            print(f"{path} drawn", file=sys.stderr)
+    return found
 
 
 def _print(report: dict[str, Any]) -> None:
