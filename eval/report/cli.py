@@ -1,6 +1,6 @@
 """`blockffn bench` without a model, or with --report: everything that the claims rest on, in one HTML file.
 
-$ blockffn bench --report report.html                       # about 5 minutes on 2 cores
+$ blockffn bench --report report.html                       # small shapes, few rounds
 $ blockffn bench --report report.html --size full -m M.gguf --dense D.gguf -f text.txt
 """
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the report, beside those of `blockffn bench`."""
     report = parser.add_argument_group("report: every figure in one HTML file, where neither -m nor --shape is given")
     report.add_argument("--report", type=Path, metavar="FILE", help=f"default: {DEFAULT}; with -m: of that model")
-    report.add_argument("--size", choices=SIZES, default="quick", help="quick: 5 minutes on 2 cores (default)")
+    report.add_argument("--size", choices=SIZES, default="quick", help="quick: small shapes, few rounds (default)")
 
 
 def run(args: argparse.Namespace) -> int:

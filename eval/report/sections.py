@@ -39,7 +39,7 @@ class Section:
 
 
 def sections(size: str, subject: Subject) -> list[Section]:
-    """Return the sections of a report in order. size: "quick" (about 5 minutes on 2 cores) or "full"."""
+    """Return the sections of a report in order. size: "quick" (small shapes, few rounds) or "full"."""
     quick = size == "quick"
     shapes = ["0.1b"] if quick else ["1.2b", "deco-1.2b"]
     found = [_ops(quick), _step(quick, shapes[0], subject), *(_contexts(quick, shape) for shape in shapes)]
