@@ -81,6 +81,7 @@ def test_backend_ops(op: str, selection: str) -> None:
         ("--types", "q9_9", "unknown type q9_9"),
         ("--active", "1.5", "--active is a share"),
         ("--active", "x", "a share"),
+        ("--subject", "tea", "unknown subject tea"),
     ],
 )
 def test_bad_option_is_refused(option: str, value: str, message: str) -> None:
@@ -116,6 +117,24 @@ def test_table_shows_ratios() -> None:
     assert "4.00x" in line
     assert "2.00x" in line
     assert line.count("|") == bench_ops.header().splitlines()[0].count("|")
+
+
+def test_other_subjects(tmp_path: Path) -> None:
+    """Attention and the products around the FFN stand beside the best of their stock paths."""
+    common = {"n": 4, "threads": 2, "ours_ms": 0.5, "spread": 0.02, "bandwidth_gbs": 30.0, "fraction_of_limit": 0.8}
+    attention = {"subject": "attention", "shape": "MLA", "past": 128, "flash_ms": 3.0, "products_ms": 2.0, **common}
+    head = {"subject": "head", "shape": "output", "type": "q6_K", "stock_ms": 1.0, "stock_buffer": "CPU", **common}
+    lines = [bench_ops.table_line(found) for found in (attention, head)]
+    assert "| f16 | 128 | 4 | 0.500 | 2.000 (products) | 4.00x |" in lines[0]
+    assert "| q6_K | - | 4 | 0.500 | 1.000 (CPU) | 2.00x |" in lines[1]
+    columns = bench_ops.header("products").splitlines()[0].count("|")
+    assert all(line.count("|") == columns for line in lines)
+    place = {"profile": "portable", "cpu": "some CPU", "commit": "abc", "date": "2026-01-01"}
+    bench_ops.write_files({"environment": place, "rows": [head]}, tmp_path, "products")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "bench-products-portable.json",
+        "bench-products-portable.md",
+    ]
 
 
 def test_files(tmp_path: Path) -> None:

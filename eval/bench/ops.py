@@ -3,6 +3,7 @@
     blockffn bench ops --build build/native            # what `make bench-ops` calls
     blockffn bench ops --build build/native --shapes 1.2B --types q4_0 --tokens 1,8 --no-files
     blockffn bench ops --active 0.6 --no-files         # where most experts are active
+    blockffn bench ops --subject attention             # over the cache, after 128 to 8192 tokens; --subject products
 
 The program build/<profile>/bin/bench-ops measures; this module only shows. Last comes one line of JSON:
 {"environment": {...}, "rows": [...]}. Times are milliseconds per layer, medians; spread is half the distance between
@@ -24,16 +25,19 @@ from blockffn.eval.environment import ROOT, environment, headline
 Row = dict[str, Any]
 DOCS = ROOT / "docs"
 OPTIONS = ("threads", "shapes", "types", "tokens", "active", "reps")  # the program's
+SUBJECTS = ("ffn", "attention", "products")
+AT_ONCE = "1,4,8,32"  # tokens, of the other subjects than the FFN
+PASTS = "128,1024,4096,8192"  # tokens before, of attention
 
 
-def measure(program: Path, arguments: list[str]) -> list[Row]:
+def measure(program: Path, arguments: list[str], subject: str = "ffn") -> list[Row]:
     """Run bench-ops and return its rows, showing each as it comes."""
     if not program.is_file():
         raise BlockffnError(
             f"{program} is missing: build it with `make build` (BUILD_PROFILE={program.parent.parent.name})"
         )
     rows: list[Row] = []
-    print(header(), flush=True)
+    print(header(subject), flush=True)
     with subprocess.Popen([str(program), *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -44,8 +48,11 @@ def measure(program: Path, arguments: list[str]) -> list[Row]:
     return rows
 
 
-def header() -> str:
+def header(subject: str = "ffn") -> str:
     """Return the head of the table, in Markdown."""
+    if subject != "ffn":
+        names = ["subject", "shape", "type", "after", "n", "ours ms", "best stock ms (path)", "ratio", "spread", "GB/s"]
+        return f"| {' | '.join([*names, 'of limit'])} |\n|{'---|' * (len(names) + 1)}"
     names = ["shape", "type", "n", "ours ms", "dense ms (buffer)", "ratio", "mul_mat_id ms (buffer)", "ratio"]
     names += ["spread", "union", "active", "GB/s", "of limit"]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
@@ -53,6 +60,8 @@ def header() -> str:
 
 def table_line(row: Row) -> str:
     """Return one row of the table, in Markdown; a ratio above 1 means that ours is faster."""
+    if "subject" in row:
+        return _subject_line(row)
     ours = row["ours_ms"]
     cells = [
         row["shape"],
@@ -69,6 +78,19 @@ def table_line(row: Row) -> str:
         f"{row['bandwidth_gbs']:.1f}",
         f"{row['fraction_of_limit']:.0%}",
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _subject_line(row: Row) -> str:
+    """Return one row of a subject other than the FFN."""
+    if row["subject"] == "attention":
+        stock, path = min((row["flash_ms"], "flash attention"), (row["products_ms"], "products"))
+    else:
+        stock, path = row["stock_ms"], row["stock_buffer"]
+    ours = row["ours_ms"]
+    cells = [row["subject"], row["shape"], row.get("type", "f16"), str(row.get("past", "-")), str(row["n"])]
+    cells += [f"{ours:.3f}", f"{stock:.3f} ({path})", f"{stock / ours:.2f}x", f"{row['spread']:.0%}"]
+    cells += [f"{row['bandwidth_gbs']:.1f}", f"{row['fraction_of_limit']:.0%}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -106,15 +128,17 @@ def plot(rows: list[Row], target: Path, title: str) -> None:
     figure.savefig(target, dpi=110)
 
 
-def write_files(result: dict[str, Any], folder: Path) -> None:
-    """Write bench-ops-<profile>.json, .md and .png to `folder`."""
+def write_files(result: dict[str, Any], folder: Path, subject: str = "ffn") -> None:
+    """Write bench-ops-<profile>.json, .md and .png to `folder`; no plot of the other subjects, bench-<subject>-*."""
     place = result["environment"]
-    stem = f"bench-ops-{place['profile']}"
+    stem = f"bench-{'ops' if subject == 'ffn' else subject}-{place['profile']}"
     title = headline(place, result["rows"][0]["threads"])
-    table = "\n".join([header(), *(table_line(row) for row in result["rows"])])
+    table = "\n".join([header(subject), *(table_line(row) for row in result["rows"])])
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(f"# make bench-ops\n\n{title}, {place['date']}.\n\n{table}\n")
-    plot(result["rows"], folder / f"{stem}.png", title)
+    command = "make bench-ops" if subject == "ffn" else f"blockffn bench ops --subject {subject}"
+    (folder / f"{stem}.md").write_text(f"# {command}\n\n{title}, {place['date']}.\n\n{table}\n")
+    if subject == "ffn":
+        plot(result["rows"], folder / f"{stem}.png", title)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "native", help="build folder of the profile")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the files (default: docs)")
     parser.add_argument("--no-files", action="store_true", help="print only")
+    parser.add_argument("--subject", choices=SUBJECTS, default="ffn", help="default: %(default)s")
+    parser.add_argument("--past", default=PASTS, help="of attention: tokens before (default: %(default)s)")
     for name in OPTIONS:
         parser.add_argument(f"--{name}", help="passed to the program")
 
@@ -131,13 +157,16 @@ def run(options: argparse.Namespace) -> int:
     passed = [
         part for name in OPTIONS if getattr(options, name) is not None for part in (f"--{name}", getattr(options, name))
     ]
+    if options.subject != "ffn":
+        passed += ["--attention", options.past] if options.subject == "attention" else ["--subject", "products"]
+        passed += [] if options.tokens else ["--tokens", AT_ONCE]
     binaries = options.build.resolve() / "bin"
-    rows = measure(binaries / "bench-ops", passed)
+    rows = measure(binaries / "bench-ops", passed, options.subject)
     result = {
         "environment": environment(binaries),
         "rows": [{**row, "profile": binaries.parent.name} for row in rows],
     }
     if not options.no_files:
-        write_files(result, options.output)
+        write_files(result, options.output, options.subject)
     print(json.dumps(result))
     return 0

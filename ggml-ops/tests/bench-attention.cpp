@@ -1,7 +1,7 @@
 // bench-ops --attention: attention over the cache, ours against the best stock path: one JSON line per (shape, n, past).
 // Stock paths are ggml's own flash attention and the two products with a softmax between them, which needs the values
 // transposed. Candidates run in turn, medians count. Times are per layer; the layers have caches of their own.
-#include "bench-ops.h"
+#include "bench-peaks.h"
 #include "flash-attn.h"
 
 namespace {
@@ -20,63 +20,6 @@ const head_shape HEADS[] = {
 };
 
 constexpr int64_t N_LAYERS = 16;
-
-// --- the limit ----------------------------------------------------------------------------------------------------------
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#    define FMA_LOOP(name, isa, bytes)                                  \
-        __attribute__((target(isa))) float name(int64_t n) {            \
-            typedef float vec __attribute__((vector_size(bytes)));      \
-            vec           a[12] = {};                                   \
-            const vec     x = { 0.5f }, y = { 1.0f };                   \
-            for (int64_t i = 0; i < n; i++) {                           \
-                _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) { \
-                    a[j] = a[j] * x + y;                                \
-                    asm volatile("" : "+v"(a[j]));                      \
-                }                                                       \
-            }                                                           \
-            float sum = 0.0f;                                           \
-            _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) {     \
-                sum += a[j][0];                                         \
-            }                                                           \
-            return sum;                                                 \
-        }
-FMA_LOOP(fma_loop_512, "avx512f,fma", 64)
-FMA_LOOP(fma_loop_256, "avx2,fma", 32)
-#endif
-
-// float32 GFLOP/s of fused multiply-adds by all threads together, in vectors as wide as the library's, at the best of many
-// short rounds of each; 0: not known here
-double fma_peak(int n_threads) {
-    double total = 0.0;
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (ggml_cpu_has_fma()) {
-        const int64_t            n     = 100000;
-        const int64_t            width = ggml_cpu_has_avx512() ? 16 : 8;
-        std::vector<double>      best(n_threads, 1e30);
-        std::vector<std::thread> threads;
-        for (double & b : best) {
-            threads.emplace_back([&b, n, width] {
-                volatile float sink;
-                for (int round = 0; round < 200; round++) {
-                    const double start = now_ms();
-                    sink               = width == 16 ? fma_loop_512(n) : fma_loop_256(n);
-                    b                  = std::min(b, now_ms() - start);
-                }
-                (void) sink;
-            });
-        }
-        for (std::thread & t : threads) {
-            t.join();
-        }
-        for (double b : best) {
-            total += 2.0 * 12 * width * n / 1e6 / b;
-        }
-    }
-#endif
-    (void) n_threads;
-    return total;
-}
 
 // --- candidates -------------------------------------------------------------------------------------------------------
 
@@ -174,8 +117,7 @@ void bench_row(ggml_backend_t                backend,
                const head_shape &            s,
                int64_t                       n,
                int64_t                       past,
-               int                           n_threads,
-               int                           reps,
+               const bench_settings &        with,
                double                        peak,
                const std::vector<uint64_t> & stream) {
     std::vector<candidate> all;
@@ -183,9 +125,9 @@ void bench_row(ggml_backend_t                backend,
         all.push_back(make_candidate(what, s, n, past));
     }
     std::vector<double> bandwidth;
-    for (int rep = 0; rep < reps + 1; rep++) {
+    for (int rep = 0; rep < with.reps + 1; rep++) {
         for (candidate & c : all) {
-            bandwidth.push_back(read_bandwidth(stream, n_threads));  // everything else leaves the caches
+            bandwidth.push_back(read_bandwidth(stream, with.n_threads));  // everything else leaves the caches
             const double start = now_ms();
             ggml_backend_graph_compute(backend, c.graph);
             c.ms.push_back((now_ms() - start) / N_LAYERS);
@@ -199,30 +141,32 @@ void bench_row(ggml_backend_t                backend,
     const double ours     = median(all[0].ms);
     const double flash    = median(all[1].ms);
     const double products = median(all[2].ms);
-    const double flop     = 2.0 * s.heads * n * (past + (n + 1) / 2.0) * (s.dk + s.dv);
+    const double macs     = 1.0 * s.heads * n * (past + (n + 1) / 2.0) * (s.dk + s.dv);
     const double bytes    = 2.0 * s.heads_kv * (past + n) * (s.dk + (s.v_in_k ? 0 : s.dv));
     const double gbs      = median(bandwidth);
-    const double limit    = std::max(peak > 0.0 ? flop / peak / 1e6 : 0.0, bytes / gbs / 1e6);
+    const double limit    = limit_ms(bytes, gbs, macs, peak);
     printf(
         "{\"subject\": \"attention\", \"shape\": \"%s\", \"n\": %d, \"past\": %d, \"threads\": %d, \"ours_ms\": %.4f, "
-        "\"ours_min_ms\": %.4f, \"spread\": %.4f, \"flash_ms\": %.4f, \"products_ms\": %.4f, \"ours_gflops\": %.1f, "
-        "\"peak_gflops\": %.1f, \"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f}\n",
-        s.name, (int) n, (int) past, n_threads, ours, *std::min_element(all[0].ms.begin(), all[0].ms.end()),
-        spread(all[0].ms), flash, products, flop / ours / 1e6, peak, gbs, limit / ours);
+        "\"ours_min_ms\": %.4f, \"spread\": %.4f, \"flash_ms\": %.4f, \"products_ms\": %.4f, \"ours_gmacs\": %.1f, "
+        "\"peak_gmacs\": %.1f, \"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f}\n",
+        s.name, (int) n, (int) past, with.n_threads, ours, *std::min_element(all[0].ms.begin(), all[0].ms.end()),
+        spread(all[0].ms), flash, products, macs / ours / 1e6, peak, gbs, limit / ours);
     fflush(stdout);
 }
 
 }  // namespace
 
-void bench_attention(int n_threads, int reps, const std::vector<int64_t> & tokens, const std::vector<int64_t> & past) {
+void bench_attention(const bench_settings &       with,
+                     const std::vector<int64_t> & tokens,
+                     const std::vector<int64_t> & past) {
     ggml_backend_t backend = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(backend, n_threads);
+    ggml_backend_cpu_set_n_threads(backend, with.n_threads);
     const std::vector<uint64_t> stream((64 << 20) / sizeof(uint64_t), 1);
-    const double                peak = fma_peak(n_threads);
+    const double                peak = fma_peak(with.n_threads);
     for (const head_shape & s : HEADS) {
         for (int64_t p : past) {
             for (int64_t n : tokens) {
-                bench_row(backend, s, n, p, n_threads, reps, peak, stream);
+                bench_row(backend, s, n, p, with, peak, stream);
             }
         }
     }

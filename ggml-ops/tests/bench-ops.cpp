@@ -1,13 +1,14 @@
 // Benchmark of the union FFN against stock ggml: one JSON line per (shape, type, n), after a line with the bandwidth.
 //     bench-ops [--threads 2] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] [--tokens 1,2,4,...]
 //               [--active 0.2] [--reps 9]
+//     bench-ops --subject products [--threads 2] [--tokens 1,4,8,32] [--reps 9]: the matrix products around the FFN
 //     bench-ops --attention 128,1024,4096,8192 [--threads 2] [--tokens 1,4,8,32] [--reps 9]: after so many tokens
 // --active is the share of the experts that one token needs. Stock candidates are the dense FFN (layout [h, E*d] and
 // [E*d, h]) and mul_mat_id with as many experts per token as ours has, each in every buffer type that takes it; all
 // candidates run in turn, --reps rounds (three times as many for few tokens), medians count. Times are per layer.
 // Shapes whose models normalize inside the experts (DECO) time ours a second time with NormSiLU: norm_silu_ms, and the
 // median over the rounds of its ratio to ours with SiLU, as the other candidates have it.
-#include "bench-ops.h"
+#include "bench-peaks.h"
 
 #include <sstream>
 
@@ -174,8 +175,9 @@ double median_ratio(std::vector<double> a, const std::vector<double> & b) {
 struct bench_args {
     int                  n_threads = 2, reps = 9;
     double               active = ACTIVE_SHARE;
-    std::vector<int64_t> past;  // --attention
-    std::vector<int64_t> tokens = { 1, 2, 4, 8, 16, 32, 128, 512 };
+    std::vector<int64_t> past;              // --attention
+    bool                 products = false;  // --subject products
+    std::vector<int64_t> tokens   = { 1, 2, 4, 8, 16, 32, 128, 512 };
     std::string          shapes = "1.2B,3B,DECO-1.2B", types = "q4_0,q8_0,f16";
 };
 
@@ -257,24 +259,21 @@ void print_rows(const std::vector<bench_row> & rows,
                 ggml_type                      type,
                 double                         gbs,
                 const bench_args &             args) {
-    const double macs  = 2.0 * s.h * s.d * s.n_expert;  // of one token through all experts
-    const double bytes = 2.0 * ggml_row_size(type, s.h) * s.d * s.n_expert;
-    double       rate  = 0.0;                           // best stock multiply-adds per ms
-    for (const bench_row & r : rows) {
-        rate = std::max(rate, macs * r.n / r.dense_ms);
-    }
+    const double macs   = 2.0 * s.h * s.d * s.n_expert;  // of one token through all experts
+    const double bytes  = 2.0 * ggml_row_size(type, s.h) * s.d * s.n_expert;
+    const double peak   = type_peak(args.n_threads, type);
     const double active = std::lround(s.n_expert * args.active) / (double) s.n_expert;
     for (const bench_row & r : rows) {
-        const double limit = std::max(r.union_share * bytes / (gbs * 1e6), active * macs * r.n / rate);
+        const double limit = limit_ms(r.union_share * bytes, gbs, active * macs * r.n, peak);
         printf(
             "{\"shape\": \"%s\", \"type\": \"%s\", \"n\": %d, \"threads\": %d, \"ours_ms\": %.4f, \"ours_min_ms\": "
             "%.4f, "
             "\"ours_buffer\": \"%s\", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, "
             "\"mul_mat_id_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
-            "\"bandwidth_gbs\": %.2f, \"fraction_of_limit\": %.4f",
+            "\"bandwidth_gbs\": %.2f, \"peak_gmacs\": %.1f, \"fraction_of_limit\": %.4f",
             s.name, ggml_type_name(type), (int) r.n, args.n_threads, r.ours_ms, r.ours_min_ms, r.ours_buffer.c_str(),
             r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str(), r.ours_spread, r.union_share, active, gbs,
-            limit / r.ours_ms);
+            peak, limit / r.ours_ms);
         if (s.norm_silu) {
             printf(", \"norm_silu_ms\": %.4f, \"norm_silu_ratio\": %.4f", r.norm_silu_ms, r.norm_silu_ratio);
         }
@@ -320,6 +319,7 @@ int usage(const char * what) {
     fprintf(stderr,
             "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
             "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N]\n"
+            "       bench-ops --subject products [--threads N] [--tokens 1,4,8,32] [--reps N]\n"
             "       bench-ops --attention PAST,PAST,... [--threads N] [--tokens 1,4,8,32] [--reps N]\n",
             what);
     return 2;
@@ -356,6 +356,11 @@ int main(int argc, char ** argv) {
             for (const std::string & n : split(argv[i + 1])) {
                 args.past.push_back(std::max(1, atoi(n.c_str())));
             }
+        } else if (key == "--subject") {
+            args.products = strcmp(argv[i + 1], "products") == 0;
+            if (!args.products && strcmp(argv[i + 1], "ffn") != 0) {
+                return usage(("unknown subject " + std::string(argv[i + 1])).c_str());
+            }
         } else if (key == "--shapes") {
             args.shapes = argv[i + 1];
         } else if (key == "--types") {
@@ -374,7 +379,11 @@ int main(int argc, char ** argv) {
     }
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     if (!args.past.empty()) {
-        bench_attention(args.n_threads, args.reps, args.tokens, args.past);
+        bench_attention({ args.n_threads, args.reps }, args.tokens, args.past);
+        return 0;
+    }
+    if (args.products) {
+        bench_products({ args.n_threads, args.reps }, args.tokens);
         return 0;
     }
     ggml_backend_t backend = ggml_backend_cpu_init();

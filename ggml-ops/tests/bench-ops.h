@@ -182,6 +182,16 @@ inline routing make_routing(const ffn_shape & s, double active_share, int64_t n,
     return r;
 }
 
-// --- attention over the cache: bench-attention.cpp ------------------------------------------------------------------
+// --- the other subjects ---------------------------------------------------------------------------------------------
 
-void bench_attention(int n_threads, int reps, const std::vector<int64_t> & tokens, const std::vector<int64_t> & past);
+struct bench_settings {
+    int n_threads, reps;
+};
+
+// bench-attention.cpp: attention over the cache, after so many tokens
+void bench_attention(const bench_settings &       with,
+                     const std::vector<int64_t> & tokens,
+                     const std::vector<int64_t> & past);
+
+// bench-products.cpp: the matrix products around the FFN
+void bench_products(const bench_settings & with, const std::vector<int64_t> & tokens);
