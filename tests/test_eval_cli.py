@@ -47,6 +47,22 @@ def test_kld(capsys: pytest.CaptureFixture[str], blockffn_model: Path, text: Pat
     assert "100.00 % agree" in lines and figures["n_windows"] == 2 and abs(figures["mean"]) < 1e-9
 
 
+def test_kld_from_the_checkpoint_in_torch(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
+    """Its own checkpoint: nothing but the order of summation is left. Another one with the same shapes: far away."""
+    from blockffn.convert import convert_checkpoint
+
+    own = write_checkpoint(tmp_path / "own", n_layer=1)
+    other = write_checkpoint(tmp_path / "other", n_layer=1, seed=1)
+    convert_checkpoint(own, tmp_path / "m.gguf", outtype="f32")
+    arguments = ["kld", "-m", tmp_path / "m.gguf", "-f", text, "-c", 64, "-t", 1, "-n", 130, "--json"]
+    code, output, _ = evaluate(capsys, *arguments, "--reference", own)
+    figures = json.loads(output)
+    assert code == 0 and figures["top1"] == 1.0 and abs(figures["mean"]) < 1e-6 and figures["largest"] < 1e-5
+    assert figures["perplexity"] == pytest.approx(figures["reference_perplexity"], rel=1e-4)
+    _, output, _ = evaluate(capsys, *arguments, "--reference", other)
+    assert json.loads(output)["mean"] > 1e-3
+
+
 def test_sparsity(capsys: pytest.CaptureFixture[str], blockffn_model: Path, text: Path) -> None:
     lines, figures = both(capsys, ["sparsity", "-m", blockffn_model, "-f", text, "-n", 70, "--layers", "-t", 1])
     assert figures["n_tokens"] == 70 and list(figures["cls"]) == ["2", "4", "8", "16", "32", "64"]

@@ -1,6 +1,7 @@
 """KL divergence of a model from a reference on a text.
 
 $ blockffn eval kld -m model-Q4_0.gguf --reference model-F16.gguf -f text.txt
+$ blockffn eval kld -m model-Q4_0.gguf --reference checkpoint-folder -f text.txt
 
 Both evaluate one window, then the next: no file of logits is written.
 """
@@ -8,6 +9,9 @@ Both evaluate one window, then the next: no file of logits is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
 
 from blockffn.eval.commands import common
 
@@ -15,11 +19,18 @@ from blockffn.eval.commands import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn eval kld`."""
     common.add_arguments(parser)
-    parser.add_argument(
-        "--reference", required=True, metavar="R.gguf", help="model to compare with, usually F16 or F32"
-    )
+    parser.add_argument("--reference", required=True, metavar="R.gguf", help="model file, or checkpoint folder")
     common.add_window(parser)
     common.add_cache_type(parser, "f32")
+
+
+def _reference(args: argparse.Namespace, cache: dict[str, int]) -> Any:
+    """Return the reference as a context: a folder is a checkpoint, evaluated in torch."""
+    if Path(args.reference).is_dir():
+        from blockffn.eval.quality.perplexity import TorchReference
+
+        return contextlib.nullcontext(TorchReference(args.reference))
+    return common.open_model(args.reference, args, **cache)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     cache = common.cache(args)
     with (
         common.open_model(args.model, args, **cache) as llm,
-        common.open_model(args.reference, args, **cache) as reference,
+        _reference(args, cache) as reference,
     ):
-        tokens = common.text_tokens(reference, args)
+        tokens = common.text_tokens(llm, args)
         result = divergence(llm, reference, tokens, args.ctx_size, Shown("mean KL divergence", "window"))
     lines = [
         f"KL divergence  mean {result.mean:.6f} +- {result.error:.6f}, median {result.median:.6f}, "

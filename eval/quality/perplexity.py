@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +65,25 @@ class Divergence:
         return asdict(self)
 
 
+class TorchReference:
+    """A checkpoint in torch float32 as the reference of `divergence`; a window is evaluated at once."""
+
+    def __init__(self, src: str | PathLike[str]) -> None:
+        from blockffn.training.model import ReferenceModel
+
+        self.model_path = str(src)
+        self._model = ReferenceModel.from_checkpoint(src)
+
+    def n_vocab(self) -> int:
+        """Return the number of tokens."""
+        return int(self._model.config.n_vocab)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the logits after every token, float32 [n_tokens, n_vocab]."""
+        found: npt.NDArray[np.float32] = self._model.forward(tokens).logits.numpy()
+        return found
+
+
 def perplexity(llm: Llama, tokens: Sequence[int], n_ctx: int = 512, progress: Progress | None = None) -> Perplexity:
     """Return the perplexity of `llm` on a text. Errors: BlockffnError for a text shorter than one window."""
     scores: list[npt.NDArray[np.float64]] = []
@@ -78,7 +98,11 @@ def perplexity(llm: Llama, tokens: Sequence[int], n_ctx: int = 512, progress: Pr
 
 
 def divergence(
-    llm: Llama, reference: Llama, tokens: Sequence[int], n_ctx: int = 512, progress: Progress | None = None
+    llm: Llama,
+    reference: Llama | TorchReference,
+    tokens: Sequence[int],
+    n_ctx: int = 512,
+    progress: Progress | None = None,
 ) -> Divergence:
     """Return how far `llm` is from `reference` on a text; both evaluate one window, then the next.
 
@@ -90,7 +114,7 @@ def divergence(
             f"found {llm.n_vocab()}; compare models of one tokenizer"
         )
     kl, same, own, theirs = [], [], [], []
-    windows = list(_windows(reference, tokens, n_ctx))
+    windows = list(_windows(llm, tokens, n_ctx))
     for done, window in enumerate(windows, 1):
         found, targets = _scored(llm, window)
         expected, _ = _scored(reference, window)
@@ -137,7 +161,9 @@ def _first_token(llm: Llama) -> int:
     return int(llm.token_bos()) if llm._model.add_bos_token() else -1
 
 
-def _scored(llm: Llama, window: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+def _scored(
+    llm: Llama | TorchReference, window: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
     """Return the logits [n_ctx / 2 - 1, n_vocab] of the second half of a window and the tokens that follow them."""
     first = len(window) // 2
     return llm.logits(window.tolist())[first:-1], window[first + 1 :]
