@@ -50,6 +50,7 @@ from blockffn.speculative.rows import KeptRows, Rows  # noqa: E402
 
 DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
 FFN_KINDS = ("union", "dense")
+SAMPLING = ("coupled", "stock")
 
 
 class Llama(llama_cpp.Llama):
@@ -60,6 +61,8 @@ class Llama(llama_cpp.Llama):
         blockffn.speculative.Drafter, or a list of these, of which the first that has a proposal is asked. Results, and
         the last chunk of a stream, carry ``out["speculation"]``. `speculate` sets another one.
     exact: greedy text with a drafter equals plain greedy text of the same mode, token for token.
+    sampling: "coupled" draws tokens with noise that depends on seed, position and token alone, which draft models and
+        heads share; "stock" draws as llama_cpp does, the same tokens for the same seed.
     draft_model: a llama_cpp.llama_speculative.LlamaDraftModel, as llama_cpp.Llama takes it; used like a drafter.
     ffn: "union" (sparse op) or "dense" (every expert, stock ops).
     router_threshold: skip, for every token, the experts below this share of its largest score; 0 skips none, None takes
@@ -90,6 +93,7 @@ class Llama(llama_cpp.Llama):
         ffn: str = "union",
         router_threshold: float | None = None,
         union_budget: int = 0,
+        sampling: str = "coupled",
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -101,6 +105,8 @@ class Llama(llama_cpp.Llama):
         self._lock = RLock()
         if ffn not in FFN_KINDS:
             raise BlockffnError(f"ffn: expected one of {', '.join(FFN_KINDS)}, found {ffn!r}")
+        if sampling not in SAMPLING:
+            raise BlockffnError(f"sampling: expected one of {', '.join(SAMPLING)}, found {sampling!r}")
         if drafter is not None and draft_model is not None:
             raise BlockffnError("drafter and draft_model: expected one of them, found both")
         self._threshold = dial.checked_threshold(router_threshold)
@@ -128,7 +134,7 @@ class Llama(llama_cpp.Llama):
                 raise BlockffnError(f"{model_path}: {logs.reason(lines) or error}") from error
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = PieceTokenizer(self)
-        self.ffn = ffn
+        self.ffn, self.sampling = ffn, sampling
         self.default_cache = kwargs.get("type_k") is None and kwargs.get("type_v") is None
         self._all_rows = KeptRows(self._n_vocab, memory=self.scores) if self._logits_all else None
         self.logits_all, self._logits_all = self._logits_all, True  # log-probabilities need no logits_all here
@@ -174,6 +180,7 @@ class Llama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         state |= {"logits_all": self.logits_all, "ffn": self.ffn, "exact": self.exact, "draft_model": None}
         state |= {"router_threshold": self._threshold, "union_budget": self._budget}
+        state["sampling"] = self.sampling
         state["drafter"] = copy.deepcopy(self.drafter)
         if self.default_cache:
             state |= {"type_k": None, "type_v": None}
@@ -337,12 +344,11 @@ class Llama(llama_cpp.Llama):
         greedy = temp == 0.0 and not (penalties or logits_processor or grammar)
         with self._lock:
             loop = self._running()
-            self._sampler = None if greedy else self._init_sampler(**chain)
+            chooser = target.chooser(self, chain, greedy)
             prompt = list(tokens) if reset else [*self._input_ids.tolist(), *tokens]
             if not prompt:
                 raise BlockffnError("generate: the prompt is empty: expected at least one token")
-            sample = target.greedy if greedy else target.chain_sampler(self)
-            sampling = Sampling(sample, target.end_of_text(self), stopping_criteria)
+            sampling = Sampling(chooser.sample, target.end_of_text(self), stopping_criteria, chooser.draw)
             kept, self._next_rows = self._next_rows or self._all_rows, None
         yield from target.locked(self._lock, loop.run(prompt, sampling, kept))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import blockffn
-from blockffn import BlockffnError, Engine, GenerationParams, QueueFull, library
+from blockffn import BlockffnError, Engine, GenerationParams, ModelDrafter, NGramDrafter, QueueFull, library
 
 library.load()
 from llama_cpp import LlamaGrammar  # noqa: E402  only after `load`
@@ -28,9 +28,11 @@ def engine(stock_model: Path) -> Iterator[Engine]:
         yield engine
 
 
-def alone(model: Path, prompt: str, n: int, seed: int = 0, temperature: float = 0.0, **arguments: Any) -> list[int]:
+def alone(
+    model: Path, prompt: str, n: int, seed: int = 0, temperature: float = 0.0, sampling: str = "stock", **arguments: Any
+) -> list[int]:
     """The tokens that blockffn.Llama gives, in exact mode too."""
-    with blockffn.Llama(model, n_ctx=256, n_threads=1, exact=True) as llm:
+    with blockffn.Llama(model, n_ctx=256, n_threads=1, exact=True, sampling=sampling) as llm:
         llm.set_seed(seed)
         tokens = llm.tokenize(prompt.encode(), special=True)
         found = itertools.islice(llm.generate(tokens, temp=temperature, **arguments), n)
@@ -53,6 +55,13 @@ def test_stock_sampling_keeps_the_seeds_of_llama_cpp(engine: Engine, stock_model
         arguments = chain | extra
         stream = engine.submit("abc", GenerationParams(**arguments, max_tokens=30, sampling="stock")).wait()
         assert [token.id for token in stream.tokens] == alone(stock_model, "abc", 30, **arguments), extra
+
+
+def test_coupled_texts_are_those_of_one_model(engine: Engine, stock_model: Path) -> None:
+    for temperature, seed in ((0.8, 1), (1.0, 2), (-1.0, 3)):
+        params = GenerationParams(temperature=temperature, seed=seed, max_tokens=30, repeat_penalty=1.1)
+        found = [token.id for token in engine.submit("abc", params).wait().tokens]
+        assert found == alone(stock_model, "abc", 30, seed, temperature, "coupled", repeat_penalty=1.1)
 
 
 def test_logit_bias_and_ignore_eos(engine: Engine) -> None:
@@ -190,3 +199,17 @@ def test_bad_requests_are_refused_in_one_line(
 ) -> None:
     with pytest.raises(BlockffnError, match=message):
         engine.submit(prompt, GenerationParams(**params))
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_drafts_change_no_text(drafter: str, stock_model: Path) -> None:
+    made = NGramDrafter((1,)) if drafter == "ngram" else ModelDrafter(stock_model)
+    with (
+        Engine(stock_model, n_parallel=3, n_ctx=1024, n_threads=1) as plain,
+        Engine(stock_model, n_parallel=3, n_ctx=1024, n_threads=1, drafter=made, draft_tokens=3) as drafting,
+    ):
+        for temperature in (0.0, 0.8):
+            params = GenerationParams(max_tokens=30, temperature=temperature, seed=2)
+            expected, found = (engine.generate_many(PROMPTS, params) for engine in (plain, drafting))
+            assert [stream.text for stream in found] == [stream.text for stream in expected]
+            assert sum(stream.statistics["drafted"] for stream in found) > 0

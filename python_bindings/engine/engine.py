@@ -19,18 +19,20 @@ from types import TracebackType
 from typing import Any
 
 from blockffn import library
+from blockffn.engine.budget import Budget
+from blockffn.engine.cache import SharedCache
 from blockffn.engine.job import Job
 from blockffn.engine.params import GenerationParams
-from blockffn.engine.scheduler import Scheduler
+from blockffn.engine.scheduler import Scheduler, Shape
 from blockffn.engine.stream import QueueFull, Stream
 from blockffn.engine.text import TextPieces
 from blockffn.errors import BlockffnError
 from blockffn.llama import Llama
 from blockffn.pieces import PieceTokenizer
 from blockffn.speculative import target
-from blockffn.speculative.drafter import DrafterLike
+from blockffn.speculative.drafter import Drafter, DrafterLike, open_drafter
 from blockffn.speculative.loop import Text
-from blockffn.speculative.sampling import Chain, Noise
+from blockffn.speculative.sampling import Chain, draw_of
 
 DEFAULT_CONTEXT = 4096  # tokens of all texts together, where none is asked for
 OWN_CONTEXT = 64  # of the model that the engine loads: it is asked for its vocabulary only
@@ -42,8 +44,9 @@ class Engine:
 
     model: a file, or a blockffn.Llama, whose weights are shared; its own text is not touched. n_parallel: texts at
     once. n_ctx: tokens that the cache holds, of all texts together. max_queue: texts that may wait beyond those that
-    run. exact: kernels whose results do not depend on the other tokens of a batch. Further arguments are those of
-    blockffn.Llama.
+    run. drafter: as blockffn.Llama takes it; each text has its own, drafts are chains, and their length is chosen by
+    measured speed, or fixed by draft_tokens. exact: kernels whose results do not depend on the other tokens of a batch.
+    Further arguments are those of blockffn.Llama.
     """
 
     def __init__(
@@ -57,25 +60,28 @@ class Engine:
         n_threads: int | None = None,
         n_batch: int = N_BATCH,
         max_queue: int = 64,
+        draft_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (("n_parallel", n_parallel), ("n_batch", n_batch)):
             if value < 1:
                 raise BlockffnError(f"{name}: expected a positive number, found {value}")
-        if drafter is not None:
-            raise BlockffnError("drafter: an engine decodes plainly so far; blockffn.Llama takes drafters")
         self._owned = not isinstance(model, Llama)
         self.llm = model if isinstance(model, Llama) else Llama(model, n_ctx=OWN_CONTEXT, n_threads=n_threads, **kwargs)
         trained = int(self.llm._model.n_ctx_train())
         self.n_ctx = n_ctx or min(trained * n_parallel, DEFAULT_CONTEXT)
         self.n_parallel, self.max_queue, self.exact = n_parallel, max_queue, exact
+        self._drafters: list[Drafter] = []
         changes = {"n_ctx": self.n_ctx, "n_seq_max": n_parallel, "n_batch": n_batch, "n_ubatch": n_batch}
         if n_threads:
             changes |= {"n_threads": n_threads, "n_threads_batch": n_threads}
         self._context = target.new_context(self.llm, exact, **changes)
         self.n_ctx = int(library.load().llama_n_ctx(self._context.ctx))
-        union = target.union_counter(self.llm, self._context.ctx)
-        self._scheduler = Scheduler(self._context.ctx, self.llm.n_vocab(), n_parallel, n_batch, union)
+        try:
+            self._scheduler = self._set_up(n_batch, open_drafter(drafter), draft_tokens)
+        except BaseException:
+            self._free()
+            raise
         self._pieces, self._is_end = PieceTokenizer(self.llm), target.end_of_text(self.llm)
         self._numbers = itertools.count()
         self._arrived: list[Job] = []
@@ -84,6 +90,22 @@ class Engine:
         self._failure: BaseException | None = None
         self._thread = Thread(target=_drive, args=(weakref.ref(self),), name="blockffn-engine", daemon=True)
         self._thread.start()
+
+    def _set_up(self, n_batch: int, drafter: Drafter | None, draft_tokens: int | None) -> Scheduler:
+        """Return the scheduler, with a drafter for each place; they share the weights of the first one."""
+        ctx, llm = self._context.ctx, _Host(self.llm, self.n_ctx, self._context.params)
+        if drafter is not None:
+            target.check_chains_fit(self.llm, drafter)
+            drafter.attach(llm)
+            self._drafters.append(drafter)
+            for _ in range(self.n_parallel - 1):
+                self._drafters.append(drafter.fork())
+                self._drafters[-1].attach(llm)
+        longest = 0 if drafter is None else min(drafter.max_chain, drafter.max_nodes, n_batch // self.n_parallel - 1)
+        budget = Budget(max(longest, 0), draft_tokens)
+        cache = SharedCache(ctx, self.n_parallel)
+        shape = Shape(self.llm.n_vocab(), self.llm.n_embd(), n_batch)
+        return Scheduler(cache, shape, budget, self._drafters, target.union_counter(self.llm, ctx))
 
     def submit(self, prompt: str | Sequence[int], params: GenerationParams | None = None) -> Stream:
         """Take a text, or its tokens, and return its stream at once. QueueFull when too many wait already.
@@ -138,12 +160,14 @@ class Engine:
         seed = random.getrandbits(32) if params.seed is None else params.seed & 0xFFFFFFFF
         stream = Stream(next(self._numbers), tokens, params, seed)
         text = Text(tokens, self.n_ctx)
-        sampler = None
+        sampler, draw = None, draw_of(params, seed)
         if not params.greedy:
-            noise = Noise(seed) if params.sampling == "coupled" else None
-            sampler = Chain(llm._model, params, seed, lambda: text.tokens, noise, self._is_end)
+            sampler = Chain(llm._model, params, seed, lambda: text.tokens, draw, self._is_end)
+        record = self._scheduler.budget.record()
         limit = params.max_tokens if params.max_tokens and params.max_tokens > 0 else self.n_ctx
-        return Job(stream, text, limit, sampler, self._is_end, self._pieces.piece, TextPieces(params.stops))
+        return Job(
+            stream, text, limit, sampler, self._is_end, self._pieces.piece, TextPieces(params.stops), record, draw
+        )
 
     def statistics(self) -> dict[str, Any]:
         """Return figures of the engine: texts that run and wait, steps, tokens, preemptions, cells in use."""
@@ -165,7 +189,14 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._free()
+
+    def _free(self) -> None:
         if self._context is not None:
+            for drafter in self._drafters:
+                drafter.close_context()
+            for drafter in self._drafters:
+                drafter.close()
             self._context.close()
             self._context = None
             if self._owned:
@@ -201,6 +232,19 @@ class Engine:
                     job.stream.finish("error", job.summary(), error)
             return False
         return True
+
+
+class _Host:
+    """The model as drafters of an engine see it: with the engine's context."""
+
+    def __init__(self, llm: Llama, n_ctx: int, params: Any) -> None:
+        self._llm, self._n_ctx, self.context_params = llm, n_ctx, params
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
 
 
 def _drive(engine: weakref.ref[Engine]) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from blockffn.engine.budget import Record
 from blockffn.engine.params import Token
 from blockffn.engine.stream import Stream
 from blockffn.engine.text import TextPieces
 from blockffn.speculative.decoder import Floats
 from blockffn.speculative.draft import ROOT, Step, Tokens, children_of
+from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Text
-from blockffn.speculative.sampling import Chain
+from blockffn.speculative.sampling import Chain, Draw
 from blockffn.speculative.stats import Statistics
 from blockffn.speculative.tree import log_total, top_k
 
@@ -32,6 +34,8 @@ class Job:
     is_end: Any
     piece: Any  # token -> bytes
     pieces: TextPieces
+    record: Record
+    draw: Draw | None = None  # whose noise drafters share
     statistics: Statistics = field(default_factory=Statistics)
     submitted: float = field(default_factory=perf_counter)
     started: float = 0.0
@@ -47,8 +51,8 @@ class Job:
 
         The walk goes on while the draft holds the token that is sampled; `step.path` are the accepted nodes.
         """
-        draft, node, out = step.draft, ROOT, []
-        children = children_of(draft)
+        node, out, drafted = ROOT, [], step.nodes > 0
+        children = children_of(step.draft) if drafted else {}
         params, ends = self.stream.params, None
         while ends is None:
             row = logits[node + 1]
@@ -56,7 +60,7 @@ class Job:
             token = int(row.argmax()) if self.sampler is None else self.sampler.sample(self.text.n, row)
             step.sample_seconds += perf_counter() - began
             step.tokens += 1
-            child = children.get((node, token)) if children else None
+            child = children.get((node, token))
             ended = not params.ignore_eos and self.is_end(token)
             rest = self.pieces.finish() if ended else self.pieces.add(self.piece(token))
             if ended:
@@ -66,7 +70,7 @@ class Job:
                 ends = self._ends()
                 if ends == "length":
                     rest += self.pieces.finish()
-            source = "draft" if child is not None else "verified" if step.nodes else "plain"
+            source = "draft" if child is not None else "verified" if drafted else "plain"
             if rest or not ended:
                 logprob, top = _log_probabilities(row, token, params.logprobs)
                 out.append(Token(token, rest, logprob, top, source, number))
@@ -112,12 +116,13 @@ def _log_probabilities(
 class Slot:
     """A place in the cache: one sequence, and what it holds. `job` is None while it only remembers an old text."""
 
-    index: int
-    seq: int
+    index: int  # the sequence
     held: Tokens = field(default_factory=lambda: NOTHING)  # int32 [cached], positions 0, ...
     cells: Tokens = field(default_factory=lambda: NOTHING)  # int32 [cached], numbers; texts that share a cell have it
     job: Job | None = None
-    used: int = 0  # step of its last use
+    drafter: Drafter | None = None
+    used: int = 0  # number of the step of its last use
+    step: Step = field(default_factory=lambda: Step(None))  # with the draft of the next evaluation
 
     @property
     def cached(self) -> int:

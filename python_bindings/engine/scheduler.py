@@ -7,7 +7,8 @@ in one llama_decode. One thread calls `step`; nothing here is locked.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -15,33 +16,62 @@ import numpy as np
 
 from blockffn import library
 from blockffn.engine.batch import Part, SharedBatch
+from blockffn.engine.budget import Budget
+from blockffn.engine.cache import SharedCache
 from blockffn.engine.job import NOTHING, Job, Slot
-from blockffn.speculative.decoder import REASONS, Floats, address_function, rows_at
-from blockffn.speculative.draft import PLAIN, Step
+from blockffn.speculative.decoder import Floats, Views, address_function
+from blockffn.speculative.draft import Plan, Step
+from blockffn.speculative.drafter import Context, Drafter
 
 PIECE = 32  # tokens of prompts in a step that also continues texts
-FULL = 1  # llama_decode: no room in the cache
 GROWTH = 32  # tokens that each running text must have room for before another one starts
 MOST_CELLS = 1 << 30  # their numbers start anew
+Parts = list[tuple[Slot, Part, Step]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes: of the vocabulary, of hidden states, and of the largest batch."""
+
+    n_vocab: int
+    n_embd: int
+    n_batch: int
 
 
 class Scheduler:
-    """Serves jobs in the order of their arrival with the sequences of one context."""
+    """Serves jobs in the order of their arrival. `drafters`: none, or one for each place."""
 
     def __init__(
-        self, ctx: int, n_vocab: int, n_parallel: int, capacity: int, union: Callable[[], float] | None = None
+        self,
+        cache: SharedCache,
+        shape: Shape,
+        budget: Budget,
+        drafters: Sequence[Drafter] = (),
+        union: Callable[[], float] | None = None,
     ) -> None:
-        self._api = library.load()
-        self.ctx, self.n_vocab, self.union = ctx, n_vocab, union
-        self.n_cells = int(self._api.llama_n_ctx(ctx))
-        self._memory = self._api.llama_get_memory(ctx)
-        self._logits_address = address_function(self._api.llama_get_logits)
-        self.batch = SharedBatch(capacity)
-        self.slots = [Slot(index, index) for index in range(n_parallel)]
+        self.cache, self.shape, self.budget, self.union = cache, shape, budget, union
+        self.batch = SharedBatch(shape.n_batch)
+        self.slots = [Slot(index) for index in range(cache.n_seq)]
+        for slot, drafter in zip(self.slots, drafters, strict=False):
+            slot.drafter = drafter
         self.waiting: list[Job] = []  # a heap by arrival
-        self.steps = self.tokens = self.preemptions = 0
+        self.steps = self.tokens = self.drafted = self.accepted = self.preemptions = 0
+        self.seconds = self.loop_seconds = 0.0  # of steps, and of these outside evaluation, drafters and samplers
         self._union_total = 0.0
         self._cell = 0  # number of the next cell
+        self._read_states = any(drafter.wants_hidden for drafter in drafters)
+        self._views = Views()
+        self._set_outputs()
+
+    def _set_outputs(self) -> None:
+        """Ask for hidden states where drafters want them, and find the places of the outputs."""
+        api = library.load()
+        from llama_cpp import llama_cpp_ext
+
+        llama_cpp_ext.llama_set_embeddings_nextn(self.cache.ctx, self._read_states, False)
+        self._logits_address = address_function(api.llama_get_logits)
+        self._states_address = address_function(llama_cpp_ext.llama_get_embeddings_nextn)
+        self._synchronize = api.llama_synchronize
 
     @property
     def running(self) -> list[Slot]:
@@ -55,17 +85,21 @@ class Scheduler:
 
     def step(self) -> None:
         """Serve everyone once."""
+        began = perf_counter()
         self._cancel()
         self._admit()
         while running := self.running:
-            began = perf_counter()
+            drafting = self._propose(running)
             parts = self._fill(running)
-            code = int(self._api.llama_decode(self.ctx, self.batch.native))
-            if code == 0:
-                self._finish_step(parts, began)
+            evaluated = perf_counter()
+            if self.cache.evaluate(self.batch.native):
+                logits, states = self._outputs()
+                seconds = perf_counter() - evaluated
+                sampling = self._finish_step(parts, logits, states, seconds, drafting)
+                took = perf_counter() - began
+                self.seconds += took
+                self.loop_seconds += took - seconds - drafting - sampling
                 return
-            if code != FULL:
-                raise RuntimeError(f"evaluating {self.batch.n} tokens: {REASONS.get(code, f'code {code}')}")
             self._make_room(running)
 
     def _cancel(self) -> None:
@@ -97,7 +131,7 @@ class Scheduler:
         used = len(np.unique(np.concatenate([slot.cells for slot in running])))
         coming = sum(len(slot.waiting) + GROWTH for slot in running)
         shared = max(_common(slot.held, job.text.tokens) for slot in running)
-        return used + coming + job.text.n - shared + GROWTH <= self.n_cells
+        return used + coming + job.text.n - shared + GROWTH <= self.cache.n_cells
 
     def _place(self, job: Job, free: list[Slot]) -> None:
         """Give a job one of the free slots: what the cache already holds of its text is not evaluated again."""
@@ -106,9 +140,14 @@ class Scheduler:
         slot = max(free, key=lambda slot: (common[slot.index], -slot.cached, -slot.used))
         source = max(self.slots, key=lambda other: common[other.index])
         reuse = min(common[source.index], job.text.n - 1)
+        drafter = slot.drafter
+        if drafter is not None:
+            drafter.begin(text)
+            if drafter.wants_hidden:  # what it has not read must be evaluated again
+                source, reuse = slot, min(common[slot.index], job.text.n - 1, drafter.known_states())
         if source is not slot and reuse > common[slot.index]:
             self._forget(slot, 0)
-            self._api.llama_memory_seq_cp(self._memory, source.seq, slot.seq, 0, reuse)
+            self.cache.share(source.index, slot.index, reuse)
         else:
             self._forget(slot, reuse)
         slot.held, slot.cells = text[:reuse], source.cells[:reuse]
@@ -116,33 +155,53 @@ class Scheduler:
         job.started = job.started or perf_counter()
         job.statistics.reused_n += reuse
 
-    def _fill(self, running: list[Slot]) -> list[tuple[Slot, Part, Step]]:
-        """Fill the batch: first the texts that go on, then pieces of prompts."""
-        batch = self.batch
+    def _propose(self, running: list[Slot]) -> float:
+        """Let the texts that go on draft; return the seconds that it took."""
+        began = perf_counter()
+        going = [slot for slot in running if len(slot.waiting) == 1]
+        jobs = [slot.job for slot in going if slot.job is not None]
+        room = self.batch.capacity - len(running)
+        lengths = self.budget.plan([job.record for job in jobs]) if self.slots[0].drafter else [0] * len(jobs)
+        for slot, job, planned in zip(going, jobs, lengths, strict=True):
+            asked = min(planned, job.text.room, room)
+            slot.step = step = Step(Plan(planned), asked, position=slot.cached)
+            if asked > 0 and slot.drafter is not None:
+                started = perf_counter()
+                context = Context(job.text.tokens, False, job.draw)
+                step.draft = slot.drafter.propose(context, asked).first(asked)
+                step.draft_seconds = perf_counter() - started
+                room -= step.nodes
+        return perf_counter() - began
+
+    def _fill(self, running: list[Slot]) -> Parts:
+        """Fill the batch: first the texts that go on, with their drafts, then pieces of prompts."""
+        batch, parts = self.batch, []
         batch.clear()
-        parts = []
         for slot in running:
             if len(slot.waiting) == 1:
-                step = Step(PLAIN, position=slot.cached)
-                parts.append((slot, batch.add_text(slot.waiting, slot.cached, slot.seq, 1), step))
+                draft = slot.step.draft
+                tokens = np.concatenate([slot.waiting, draft.tokens]) if len(draft) else slot.waiting
+                parts.append((slot, batch.add_text(tokens, slot.cached, slot.index, len(tokens)), slot.step))
         room = min(batch.room, PIECE) if parts else batch.room
         for slot in running:
             tokens = slot.waiting
             if len(tokens) > 1 and room > 0:
                 piece = tokens[:room]
                 last = int(len(piece) == len(tokens))
-                parts.append((slot, batch.add_text(piece, slot.cached, slot.seq, last), Step(None)))
+                part = batch.add_text(piece, slot.cached, slot.index, last)
+                parts.append((slot, part, Step(None, position=slot.cached)))
                 room -= len(piece)
         return parts
 
-    def _finish_step(self, parts: list[tuple[Slot, Part, Step]], began: float) -> None:
-        """Read the rows of the evaluation, and let every text take its tokens."""
-        logits: Floats = np.empty((0, self.n_vocab), dtype=np.float32)
-        if self.batch.n_outputs:
-            logits = rows_at(self._logits_address(self.ctx), self.batch.n_outputs, self.n_vocab)
-        else:
-            self._api.llama_synchronize(self.ctx)
-        seconds = perf_counter() - began
+    def _outputs(self) -> tuple[Floats, Floats]:
+        """Return logits float32 [outputs, n_vocab] and states [tokens, n_embd]; waits for the end of the evaluation."""
+        ctx, batch, shape = self.cache.ctx, self.batch, self.shape
+        self._synchronize(ctx)
+        logits = self._views.at(self._logits_address(ctx), batch.n_outputs, shape.n_vocab)
+        return logits, self._views.at(self._states_address(ctx), batch.n * self._read_states, shape.n_embd)
+
+    def _finish_step(self, parts: Parts, logits: Floats, states: Floats, seconds: float, drafting: float) -> float:
+        """Let every text take its tokens from the rows of the evaluation; return the seconds of sampling."""
         union = None
         if self.union is not None:
             total = self.union()
@@ -151,10 +210,7 @@ class Scheduler:
         for slot, part, step in parts:
             job = slot.job
             assert job is not None
-            cells = np.arange(self._cell, self._cell + part.n, dtype=np.int32)
-            self._cell = (self._cell + part.n) % MOST_CELLS
-            slot.cells = np.concatenate([slot.cells, cells])
-            slot.held, slot.used = job.text.tokens[: slot.cached + part.n], self.steps
+            self._count_cells(slot, part.n)
             if step.plan is None:
                 job.statistics.prompt_n += part.n
                 job.statistics.prompt_seconds += seconds
@@ -162,17 +218,40 @@ class Scheduler:
                 step.verify_seconds, step.union = seconds, union
             if part.n_outputs:
                 self._walk(slot, step, logits[part.output : part.output + part.n_outputs])
+            kept = part.n - step.nodes + step.accepted
+            if self._read_states and slot.drafter is not None:
+                slot.drafter.hidden(job.text.tokens, step.position, states[part.row : part.row + kept])
+            slot.held = job.text.tokens[: step.position + part.n - step.nodes + step.accepted]
+            if kept < part.n:
+                self.cache.forget(slot.index, slot.cached)
+            slot.cells = slot.cells[: slot.cached]
+        drafts = [step for _, _, step in parts if step.plan is not None]
+        if len(drafts) == len(parts):
+            self.budget.learn_step(self.batch.n, seconds, sum(step.asked for step in drafts), drafting)
+        return sum(step.sample_seconds for _, _, step in parts)
 
-    def _walk(self, slot: Slot, step: Step, logits: Any) -> None:
+    def _count_cells(self, slot: Slot, n: int) -> None:
+        """Give a slot `n` more cells."""
+        cells = np.arange(self._cell, self._cell + n, dtype=np.int32)
+        self._cell = (self._cell + n) % MOST_CELLS
+        slot.cells, slot.used = np.concatenate([slot.cells, cells]), self.steps
+
+    def _walk(self, slot: Slot, step: Step, logits: Floats) -> None:
+        """Let a text take its tokens; policy and drafter learn what became of the draft."""
         job = slot.job
         assert job is not None
-        before = job.text.n
         try:
             ends = job.walk(step, logits, self.steps)
         except Exception as error:  # of this text: a processor of its caller, a grammar that allows nothing
             self._end(slot, "error", error)
             return
-        self.tokens += job.text.n - before
+        self.tokens += step.tokens
+        self.drafted += step.nodes
+        self.accepted += step.accepted
+        if step.asked and step.complete:
+            self.budget.learn_draft(job.record, step.asked, step.nodes, step.accepted)
+            if slot.drafter is not None:
+                slot.drafter.observe(step.nodes, step.accepted)
         if ends is not None:
             self._end(slot, ends)
 
@@ -204,7 +283,7 @@ class Scheduler:
     def _forget(self, slot: Slot, n: int) -> None:
         """Forget the positions of a slot from `n` on."""
         if slot.cached > n:
-            self._api.llama_memory_seq_rm(self._memory, slot.seq, n, -1)
+            self.cache.forget(slot.index, n)
             slot.held, slot.cells = (slot.held[:n], slot.cells[:n]) if n else (NOTHING, NOTHING)
 
     def end_all(self, reason: str, error: BaseException | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from threading import Condition
+from threading import Condition, Event
 from typing import Any
 
 from blockffn.engine.params import GenerationParams, Token
@@ -31,7 +31,7 @@ class Stream:
         self.finish_reason: str | None = None
         self.statistics: dict[str, Any] = {}
         self.cancelled = False  # asked for; the engine ends the stream before its next step
-        self._changed = Condition()
+        self._changed, self._done = Condition(), Event()
         self._unread: deque[Token] = deque()
         self._error: BaseException | None = None
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
@@ -47,9 +47,8 @@ class Stream:
 
     def wait(self, timeout: float | None = None) -> Stream:
         """Return this stream when it has ended; TimeoutError after so many seconds, or what went wrong."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.finish_reason is not None, timeout):
-                raise TimeoutError(f"the answer has not ended after {timeout} s")
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"the answer has not ended after {timeout} s")
         if self._error is not None:
             raise self._error
         return self
@@ -103,6 +102,7 @@ class Stream:
         with self._changed:
             if self.finish_reason is None:
                 self.finish_reason, self.statistics, self._error = reason, statistics, error
+                self._done.set()
             self._wake()
 
     def _wake(self) -> None:

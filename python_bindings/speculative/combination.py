@@ -74,6 +74,15 @@ class Combination(Drafter):
             if drafter.wants_hidden:
                 drafter.hidden(text, first, states)
 
+    def fork(self) -> Combination:
+        """Return a combination of forks."""
+        return Combination([drafter.fork() for drafter in self.drafters])
+
+    def close_context(self) -> None:
+        """Pass on to every drafter."""
+        for drafter in self.drafters:
+            drafter.close_context()
+
     def close(self) -> None:
         """Close every drafter."""
         for drafter in self.drafters:

@@ -32,6 +32,24 @@ def rows_at(address: int | None, rows: int, columns: int) -> Floats:
     return np.ctypeslib.as_array(flat).reshape(rows, columns)
 
 
+class Views:
+    """`rows_at`, made once for each place and shape: a step asks for the same few again and again."""
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[int | None, int, int], Floats] = {}
+
+    def at(self, address: int | None, rows: int, columns: int) -> Floats:
+        """Return float32 [rows, columns] at an address."""
+        if not rows:
+            return np.empty((0, columns), dtype=np.float32)
+        key = address, rows, columns
+        if key not in self._views:
+            if len(self._views) >= MOST_VIEWS:  # llama.cpp has moved its outputs
+                self._views.clear()
+            self._views[key] = rows_at(*key)
+        return self._views[key]
+
+
 class Decoder:
     """One llama_context and its cache of `n_seq` sequences; `alone`: text lies in the first one until a tree needs it.
 
@@ -62,7 +80,7 @@ class Decoder:
         self._pack = _pack_function(self._api._lib)
         self._logits_address = address_function(self._api.llama_get_logits)
         self._hidden_address = address_function(llama_cpp_ext.llama_get_embeddings_nextn)
-        self._views: dict[tuple[int | None, int, int], Floats] = {}  # a step asks for the same few again and again
+        self._views = Views()
         llama_cpp_ext.llama_set_embeddings_nextn(ctx, hidden, False)
         self.evaluated = 0  # tokens of the last evaluation
         self.budget = 0  # experts per layer that a verified batch may compute; 0: no bound
@@ -140,20 +158,11 @@ class Decoder:
 
     def logits(self, rows: int) -> Floats:
         """Return the logits of the last evaluation, float32 [rows, n_vocab]; waits for the evaluation to end."""
-        return self._view(self._logits_address(self.ctx), rows, self.n_vocab)
+        return self._views.at(self._logits_address(self.ctx), rows, self.n_vocab)
 
     def hidden(self) -> Floats:
         """Return the states after the final norm of the last evaluation's tokens, float32 [evaluated, n_embd]."""
-        return self._view(self._hidden_address(self.ctx), self.evaluated, self.n_embd)
-
-    def _view(self, address: int | None, rows: int, columns: int) -> Floats:
-        """Return `rows_at`, made once for each place and shape."""
-        key = address, rows, columns
-        if key not in self._views:
-            if len(self._views) >= MOST_VIEWS:  # llama.cpp has moved its outputs
-                self._views.clear()
-            self._views[key] = rows_at(*key)
-        return self._views[key]
+        return self._views.at(self._hidden_address(self.ctx), self.evaluated, self.n_embd)
 
     def keep(self, path: list[int], nodes: int) -> None:
         """Of the draft just evaluated keep the root and the nodes of `path`, forget the rest."""

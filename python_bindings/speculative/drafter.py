@@ -14,6 +14,7 @@ A drafter sees only verified text. The loop calls, for each generation::
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from blockffn import _capi, gguf_contract
 from blockffn.errors import BlockffnError
 from blockffn.speculative.draft import EMPTY, Draft, Tokens
+from blockffn.speculative.sampling import Draw
 
 
 @dataclass
@@ -33,6 +35,11 @@ class Context:
 
     tokens: Tokens  # int32 [n], the verified text; the last token is not evaluated by the target yet
     tree: bool = False  # may the draft be a tree?
+    draw: Draw | None = None  # how the target draws, where its noise is shared; None: guess the likeliest tokens
+
+    def scores(self, logits: npt.NDArray[np.float32], ahead: int, ids: Any = None) -> npt.NDArray[np.float32]:
+        """Return scores [rows, n] whose largest is the guess of the token `ahead` places after the text (from 0)."""
+        return logits if self.draw is None else self.draw.scores(logits, len(self.tokens) + ahead, ids)
 
 
 class Drafter:
@@ -75,6 +82,13 @@ class Drafter:
     def known_states(self) -> int:
         """Return for how many first tokens of the text of `begin` the states need not be passed again."""
         return 0
+
+    def fork(self) -> Drafter:
+        """Return a drafter of the same kind for another text, not attached yet; it shares weights with this one."""
+        return copy.deepcopy(self)
+
+    def close_context(self) -> None:
+        """Free what belongs to the text, and leave weights, which others may share."""
 
     def close(self) -> None:
         """Free what the drafter holds; `Llama.close` calls it. It may be attached again."""

@@ -11,6 +11,7 @@ cache, drafted rows are forgotten after each draft.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ class EagleDrafter(Drafter):
         last = self._pending - 1
         self._evaluate_pending(slice(-1, None))
         state, logits = self._head.hidden()[last], self._head.logits(1)[:, : self._n_draft]
-        draft = self._tree(state, logits, n) if context.tree and self.can_tree else self._chain(state, logits, n)
+        grow = self._tree if context.tree and self.can_tree else self._chain
+        draft = grow(context, state, logits, n)
         self._head.truncate(self._rows)
         return draft
 
@@ -169,13 +171,13 @@ class EagleDrafter(Drafter):
         assert embd is not None
         embd[: self._pending] = embd[len(tokens) : len(tokens) + self._pending]
 
-    def _chain(self, state: Floats, logits: Floats, n: int) -> Draft:
-        """Draft the most likely token again and again. state [n_embd], logits [1, n_draft]."""
+    def _chain(self, context: Context, state: Floats, logits: Floats, n: int) -> Draft:
+        """Draft the best token again and again. state [n_embd], logits [1, n_draft]."""
         embd = self._head.batch.embd
         assert embd is not None
         drafted: list[int] = []
         while True:
-            drafted.append(self._token(int(logits[0].argmax())))
+            drafted.append(self._token(int(context.scores(logits, len(drafted), self._ids)[0].argmax())))
             if len(drafted) == n:
                 return Draft.chain(drafted, self.name)
             embd[0] = state
@@ -184,13 +186,13 @@ class EagleDrafter(Drafter):
             )
             state, logits = self._head.hidden()[0], self._head.logits(1)[:, : self._n_draft]
 
-    def _tree(self, state: Floats, logits: Floats, n: int) -> Draft:
+    def _tree(self, context: Context, state: Floats, logits: Floats, n: int) -> Draft:
         """Grow a tree level by level. state [n_embd], logits [1, n_draft]."""
         embd = self._head.batch.embd
         assert embd is not None
         grower = TreeGrower(TreeShape(self.shape.iterations, self.shape.top_k, n + 1))
         states = state[None]  # [rows of the last level, n_embd]
-        level = grower.expand(logits)
+        level = grower.expand(context.scores(logits, 0, self._ids))
         for depth in range(1, self.shape.iterations):
             count, first = len(level.tokens), (depth - 1) * self.shape.top_k
             sequences = np.arange(first, first + count, dtype=np.int32)
@@ -200,7 +202,7 @@ class EagleDrafter(Drafter):
             embd[:count] = states[level.rows]
             self._head.evaluate_level(self._tokens(level.tokens), self._rows + depth - 1, sequences)
             states = self._head.hidden().copy()
-            level = grower.expand(self._head.logits(count)[:, : self._n_draft])
+            level = grower.expand(context.scores(self._head.logits(count)[:, : self._n_draft], depth, self._ids))
         draft = grower.draft(source=self.name)
         return Draft(self._tokens(draft.tokens), draft.parents, draft.is_chain, self.name)
 
@@ -237,13 +239,26 @@ class EagleDrafter(Drafter):
         self.reset()
         return out
 
-    def close(self) -> None:
-        """Free the head."""
+    def fork(self) -> EagleDrafter:
+        """Return another one with the same weights."""
+        forked = copy.deepcopy(self)
+        forked._model = self._model
+        if self._model is not None:
+            forked._ids, forked._n_draft = self._ids, self._n_draft
+        return forked
+
+    def close_context(self) -> None:
+        """Free the context; `attach` makes another one."""
         if self._context is not None:
             self._context.close()
+        self._context = self._attached = None
+
+    def close(self) -> None:
+        """Free the head."""
+        self.close_context()
         if self._model is not None:
             self._model.close()
-        self._context = self._model = self._attached = None
+        self._model = None
 
 
 def _draft_vocabulary(path: str) -> npt.NDArray[np.int32] | None:

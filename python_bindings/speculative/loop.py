@@ -24,6 +24,7 @@ from blockffn.speculative.draft import ROOT, Step, Tokens, children_of
 from blockffn.speculative.drafter import Context, Drafter
 from blockffn.speculative.policy import Policy
 from blockffn.speculative.rows import KeptRows
+from blockffn.speculative.sampling import Draw
 from blockffn.speculative.stats import Statistics
 
 
@@ -34,6 +35,7 @@ class Sampling:
     sample: Callable[[int, Floats], int]
     is_end: Callable[[int], bool] = lambda token: False
     stop: Callable[[Tokens, Floats], bool] | None = None
+    draw: Draw | None = None  # whose noise drafters share
 
 
 class Text:
@@ -109,7 +111,7 @@ class Loop:
                 self.evaluate(text.tokens[self.state.n_tokens :], text.tokens)
                 step = self._text_step()
             else:
-                step = self._step(text)
+                step = self._step(text, sampling.draw)
 
     def settle(self) -> None:
         """End the step of a generator that was left at a token: the cache then holds the verified text and no more.
@@ -180,14 +182,15 @@ class Loop:
         self._accounted = perf_counter()
         return Step(None)
 
-    def _step(self, text: Text) -> Step:
+    def _step(self, text: Text, draw: Draw | None) -> Step:
         """Plan, draft and evaluate: the last token of `text` is the root. Returns the open step."""
         step = Step(self.policy.plan(), position=text.n - 1)
         assert step.plan is not None
         step.asked = min(step.plan.nodes, text.room, self.target.batch.capacity - 1)
         t1 = perf_counter()
         if step.asked > 0:
-            step.draft = self.drafter.propose(Context(text.tokens, step.plan.tree), step.asked).first(step.asked)
+            context = Context(text.tokens, step.plan.tree, draw)
+            step.draft = self.drafter.propose(context, step.asked).first(step.asked)
         t2 = perf_counter()
         root = int(text.tokens[-1])
         self.target.evaluate_draft(root, step.draft, step.position)

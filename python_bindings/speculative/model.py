@@ -9,6 +9,7 @@ Its cache is kept in step with the verified text: what was drafted and accepted 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from blockffn.speculative.native import check_same, load_model, not_attached, op
 
 
 class ModelDrafter(Drafter):
-    """Proposes the greedy continuation of a draft model.
+    """Proposes the continuation of a draft model: greedy, or drawn with the noise that the target draws with.
 
     `max_nodes` bounds the draft. With `p_min` > 0 drafting stops before a token whose probability is lower.
     Raises BlockffnError when the file is no model, its vocabulary is not the target's, or its memory cannot forget
@@ -69,7 +70,7 @@ class ModelDrafter(Drafter):
         self._keep_common(tokens)
 
     def propose(self, context: Context, n: int) -> Draft:
-        """Return up to `n` tokens, each the most likely one after those before it."""
+        """Return up to `n` tokens, each the best one after those before it."""
         tokens = context.tokens
         n = min(n, len(self._text) - 1 - len(tokens))
         self._keep_common(tokens)
@@ -78,7 +79,7 @@ class ModelDrafter(Drafter):
         logits = self._evaluate(tokens[self._cached :])
         drafted: list[int] = []
         while True:
-            token = int(logits.argmax())
+            token = int(context.scores(logits[None], len(drafted))[0].argmax())
             if self.p_min > 0.0 and probability(logits, token) < self.p_min:
                 break
             drafted.append(token)
@@ -114,6 +115,12 @@ class ModelDrafter(Drafter):
         if self._target is None:
             raise not_attached(self.path)
         return self._target
+
+    def fork(self) -> ModelDrafter:
+        """Return another one with the same weights."""
+        forked = copy.deepcopy(self)
+        forked._model = self._model
+        return forked
 
     def close_context(self) -> None:
         """Free the context; `attach` makes another one."""

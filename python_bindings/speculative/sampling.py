@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from blockffn import library, logs
 from blockffn.errors import BlockffnError
+from blockffn.speculative.tree import log_total, take, top_k
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[Any]
@@ -34,6 +36,7 @@ MASK = (1 << 64) - 1
 # increment and multipliers of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 LAST_TOKENS = 64  # that penalties look at, as in llama_cpp
+CANDIDATES = 64  # that a drafter draws from at most
 
 
 class Noise:
@@ -60,18 +63,53 @@ def _mix_number(value: int) -> int:
     return value ^ (value >> 31)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How the target will draw, for drafters: its noise, and the part of its chain that looks at scores alone."""
+
+    noise: Noise
+    temperature: float
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def scores(self, logits: Floats, position: int, ids: Ids | None = None) -> Floats:
+        """Return what to take the largest of instead of logits, float32 [rows, n]; -inf for all but the candidates.
+
+        All rows guess the token at `position`. ids: the tokens of the columns, where these are not the tokens.
+        """
+        columns = top_k(logits, min(self.top_k if self.top_k > 0 else CANDIDATES, CANDIDATES, logits.shape[1]))
+        best = take(logits, columns)  # [rows, k], the largest first
+        rest = best - log_total(best)[:, None]
+        before = np.cumsum(np.exp(rest), axis=1) - np.exp(rest)
+        kept = (before < self.top_p) & (best >= best[:, :1] + np.log(max(self.min_p, 1e-30)))
+        noisy = best / max(self.temperature, 1e-6) + self.noise(position, columns if ids is None else ids[columns])
+        scores = np.full(logits.shape, -np.inf, dtype=np.float32)
+        scores[np.arange(len(logits))[:, None], columns] = np.where(kept, noisy, -np.inf)
+        return scores
+
+
+def draw_of(params: Any, seed: int) -> Draw | None:
+    """Return how a text with these parameters is drawn outside llama.cpp, None where llama.cpp draws or none is."""
+    if params.sampling != "coupled" or params.mirostat_mode or params.temperature == 0.0:
+        return None
+    if params.temperature < 0.0:  # llama_cpp: the model's own distribution, whole
+        return Draw(Noise(seed), 1.0, 0)
+    return Draw(Noise(seed), params.temperature, params.top_k, params.top_p, params.min_p)
+
+
 class Chain:
     """llama_cpp's chain of samplers for one text, in its order: processors, penalties, grammar, truncation, draw.
 
     params: an object with llama_cpp's names (blockffn.engine.params.GenerationParams). text: returns the verified text
-    int32 [n], which logits processors read. noise: draws; None leaves the draw to llama.cpp with `seed`.
+    int32 [n], which logits processors read. draw: with its noise; None leaves the draw to llama.cpp with `seed`.
     """
 
     def __init__(
-        self, model: Any, params: Any, seed: int, text: Callable[[], Any], noise: Noise | None, is_end: Any = None
+        self, model: Any, params: Any, seed: int, text: Callable[[], Any], draw: Draw | None, is_end: Any = None
     ) -> None:
         self._api = library.load()
-        self.noise = None if params.mirostat_mode or params.temperature == 0.0 else noise
+        self.noise = None if draw is None else draw.noise
         self._text, self._processors = text, tuple(params.logits_processor or ())
         n_vocab = int(model.n_vocab())
         self._bias = _bias(params, n_vocab, is_end)
@@ -127,7 +165,7 @@ def _native_chain(model: Any, params: Any, seed: int, drawn_outside: bool) -> An
 
     chain, n_vocab, temperature = internals.LlamaSampler(), model.n_vocab(), params.temperature
     penalties = params.repeat_penalty, params.frequency_penalty, params.presence_penalty
-    chain.add_penalties(n_vocab, LAST_TOKENS, *penalties)
+    chain.add_penalties(n_vocab, getattr(params, "last_n_tokens_size", LAST_TOKENS), *penalties)
     if params.grammar is not None:
         _add_grammar(chain, model, params.grammar)
     if temperature == 0.0:

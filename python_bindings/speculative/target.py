@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import random
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import numpy as np
 from blockffn import _capi, gguf_contract, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.speculative.drafter import Drafter
+from blockffn.speculative.sampling import Chain, Draw, draw_of
 
 library.load()
 
@@ -37,6 +41,31 @@ def locked(lock: Any, items: Generator[Any, Any, None]) -> Generator[Any, Any, N
 
 def greedy(_row: int, logits: Any) -> int:
     return int(logits.argmax())
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """What chooses the tokens of a generation, `sample(row of the batch, logits)`, and how, for drafters."""
+
+    sample: Callable[[int, Any], int]
+    draw: Draw | None = None
+
+
+def chooser(llm: Any, arguments: dict[str, Any], alone: bool) -> Chooser:
+    """Return what chooses tokens by the arguments of llama_cpp's chain. alone: greedy, without any other part."""
+    llm._sampler = None
+    if alone:
+        return Chooser(greedy)
+    seed = llm._seed if llm._seed != library.load().LLAMA_DEFAULT_SEED else random.getrandbits(32)
+    params = SimpleNamespace(
+        **arguments, temperature=arguments["temp"], sampling=llm.sampling, last_n_tokens_size=llm.last_n_tokens_size
+    )
+    draw = draw_of(params, seed)
+    if draw is None:
+        llm._sampler = llm._init_sampler(**arguments)
+        return Chooser(chain_sampler(llm))
+    chain = Chain(llm._model, params, seed, lambda: llm._input_ids, draw)
+    return Chooser(lambda _row, logits: chain.sample(llm.n_tokens, logits), draw)
 
 
 def chain_sampler(llm: Any) -> Callable[[int, Any], int]:
@@ -88,16 +117,21 @@ def step_growth(llm: Any) -> float | None:
 
 def check_fits(llm: Any, drafter: Drafter) -> None:
     """Refuse a drafter whose drafts the model's cache cannot verify."""
-    if (llm._is_recurrent or llm._is_hybrid) and type(drafter) is not Drafter:
-        raise BlockffnError(
-            f"{llm.model_path}: the memory of a recurrent model cannot forget rejected tokens: drafts by "
-            f"{drafter.name} cannot be verified; use drafter=None"
-        )
+    check_chains_fit(llm, drafter)
     most = library.load().llama_max_parallel_sequences()
     if drafter.can_tree and drafter.max_nodes > most:
         raise BlockffnError(
             f"{drafter.name}: trees of up to {drafter.max_nodes} nodes need as many sequences, llama.cpp has {most} at "
             f"most: expected a tree size of at most {most + 1}, root included"
+        )
+
+
+def check_chains_fit(llm: Any, drafter: Drafter) -> None:
+    """Refuse a drafter for a model whose memory cannot forget rejected tokens."""
+    if (llm._is_recurrent or llm._is_hybrid) and type(drafter) is not Drafter:
+        raise BlockffnError(
+            f"{llm.model_path}: the memory of a recurrent model cannot forget rejected tokens: drafts by "
+            f"{drafter.name} cannot be verified; use drafter=None"
         )
 
 
