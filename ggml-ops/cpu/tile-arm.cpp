@@ -173,13 +173,17 @@ const tile_kernel q4_dot_kernel = {
     /* .dot      = */ q4_dot<q4_dot_product>,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 32,
+    /* .ahead_rows = */ 0,
 };
 
 }  // namespace
 
 const tile_kernel * tile_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
-    if (type != GGML_TYPE_Q4_0 || group != 4 || n_rows % 4 != 0) {
-        return nullptr;
+    const tile_layout layout = tile_layout_get(group, inter, n_rows);
+    if (type != GGML_TYPE_Q4_0 || layout == ROWS_PLAIN) {
+        const tile_kernel * kernel = tile_kernel_blocks_32(type, layout);
+        return kernel ? kernel : tile_kernel_blocks_256(type, layout);
     }
 #    if defined(__ARM_FEATURE_MATMUL_INT8)
     static const tile_kernel q4_mm_kernel = {
@@ -192,12 +196,14 @@ const tile_kernel * tile_kernel_arm(ggml_type type, int64_t group, int64_t inter
         /* .dot      = */ q4_dot<q4_matrix_product>,
         /* .reduce   = */ tile_copy_lanes,
         /* .mul_mat  = */ false,
+        /* .act_block = */ 32,
+        /* .ahead_rows = */ 0,
     };
-    if (inter == 8) {
+    if (layout == ROWS_4X8) {
         return &q4_mm_kernel;
     }
 #    endif
-    return inter == 4 ? &q4_dot_kernel : nullptr;
+    return layout == ROWS_4X4 ? &q4_dot_kernel : nullptr;
 }
 
 #else

@@ -100,6 +100,8 @@ const tile_kernel vec_dot_kernel = {
     /* .dot      = */ vec_dot_rows,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 0,
+    /* .ahead_rows = */ 0,
 };
 const tile_kernel gemv_kernel = {
     /* .rows     = */ 16,
@@ -111,6 +113,8 @@ const tile_kernel gemv_kernel = {
     /* .dot      = */ gemv_rows,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 0,
+    /* .ahead_rows = */ 0,
 };
 
 const tile_kernel * fast_kernel(ggml_type type, int64_t group, int64_t inter, int64_t n_rows) {
@@ -137,7 +141,7 @@ bool tile_weight_get(const ggml_tensor * t, tile_weight * w) {
     }
     w->kernel = fast_kernel(t->type, w->packed ? packed.rows : 1, w->packed ? packed.inter : 0, w->n_rows);
     if (w->kernel) {
-        w->act_block = ggml_blck_size(t->type);
+        w->act_block = w->kernel->act_block;
         return true;
     }
     if (w->packed) {

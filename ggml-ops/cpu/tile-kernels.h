@@ -20,6 +20,9 @@
 
 constexpr int64_t MAX_TILE = 8;  // of any kernel
 
+// how rows lie: one after the other, or in groups of CPU_REPACK (rows of a group x bytes of a row that lie together)
+enum tile_layout { ROWS_PLAIN, ROWS_4X4, ROWS_4X8, ROWS_8X4, ROWS_8X8, ROWS_OTHER };
+
 struct tile_weight;
 
 struct tile_kernel {
@@ -56,6 +59,9 @@ struct tile_kernel {
 
     // whether MUL_MAT may take it without being asked for its invariance: measured to be faster than what it does otherwise
     bool mul_mat;
+
+    int64_t act_block;   // values that are packed together; 0: a block of the format of the activation row
+    int64_t ahead_rows;  // as ahead, in rows
 };
 
 typedef void (*tile_gemv_t)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
@@ -80,9 +86,23 @@ struct tile_weight {
 // false if no kernel reads the type or layout of t
 bool tile_weight_get(const ggml_tensor * t, tile_weight * w);
 
+inline tile_layout tile_layout_get(int64_t group, int64_t inter, int64_t n_rows) {
+    if (group == 1) {
+        return ROWS_PLAIN;
+    }
+    if (n_rows % group != 0 || (inter != 4 && inter != 8) || (group != 4 && group != 8)) {
+        return ROWS_OTHER;
+    }
+    return group == 4 ? (inter == 4 ? ROWS_4X4 : ROWS_4X8) : (inter == 4 ? ROWS_8X4 : ROWS_8X8);
+}
+
 // kernels of a CPU family: NULL means "not handled here", and the general kernel takes over
 const tile_kernel * tile_kernel_x86(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
 const tile_kernel * tile_kernel_arm(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
+
+// the same, from tile-blocks-*.cpp
+const tile_kernel * tile_kernel_blocks_32(ggml_type type, tile_layout layout);
+const tile_kernel * tile_kernel_blocks_256(ggml_type type, tile_layout layout);
 
 // dot(N) with n as the constant N, 1 <= n <= MAX: how a kernel reaches its code for a tile of n activation rows
 template <int MAX, typename F> inline void with_tile(int64_t n, F && dot) {
@@ -129,8 +149,14 @@ inline int64_t next_tile(int64_t left, int64_t tile) {
     return (left + tiles - 1) / tiles;
 }
 
+// what a kernel shall prefetch while it reads long rows at `rows`
+inline const char * tile_ahead(const tile_weight & w, const char * rows) {
+    const size_t ahead = w.kernel->ahead + w.kernel->ahead_rows * w.row_size;
+    return ahead > 0 ? rows + ahead : nullptr;
+}
+
 // z[t*stride + row] = n_rows rows starting at `rows` times act[t], t < n_act <= tile. lanes: scratch for the sums of all;
-// cold: the rows are not in the cache
+// next: as in dot()
 inline void tile_multiply_rows(const tile_weight &  w,
                                const char *         rows,
                                int64_t              n_rows,
@@ -139,14 +165,14 @@ inline void tile_multiply_rows(const tile_weight &  w,
                                float *              lanes,
                                float *              z,
                                int64_t              stride,
-                               bool                 cold) {
+                               const char *         next) {
     const int64_t step          = n_rows * w.kernel->lanes;
     float *       acc[MAX_TILE] = {};
     for (int64_t t = 0; t < n_act; t++) {
         acc[t] = lanes + t * step;
     }
     memset(lanes, 0, n_act * step * sizeof(float));
-    w.kernel->dot(w, rows, n_rows, act, n_act, acc, cold && w.kernel->ahead ? rows + w.kernel->ahead : nullptr);
+    w.kernel->dot(w, rows, n_rows, act, n_act, acc, next);
     for (int64_t t = 0; t < n_act; t++) {
         w.kernel->reduce(n_rows, acc[t], z + t * stride);
     }

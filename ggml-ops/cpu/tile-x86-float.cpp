@@ -207,6 +207,8 @@ const tile_kernel f32_kernel = {
     /* .dot      = */ float_dot<float>,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 1,
+    /* .ahead_rows = */ 0,
 };
 const tile_kernel f16_kernel = {
     /* .rows     = */ FLOAT_ROWS,
@@ -218,6 +220,8 @@ const tile_kernel f16_kernel = {
     /* .dot      = */ float_dot<ggml_fp16_t>,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 1,
+    /* .ahead_rows = */ 0,
 };
 const tile_kernel bf16_kernel = {
     /* .rows     = */ FLOAT_ROWS,
@@ -229,6 +233,8 @@ const tile_kernel bf16_kernel = {
     /* .dot      = */ float_dot<ggml_bf16_t>,
     /* .reduce   = */ tile_copy_lanes,
     /* .mul_mat  = */ false,
+    /* .act_block = */ 1,
+    /* .ahead_rows = */ 0,
 };
 
 }  // namespace

@@ -183,6 +183,8 @@ const tile_kernel q4_kernel = {
     /* .dot      = */ q4_dot,
     /* .reduce   = */ add_lane_pairs,
     /* .mul_mat  = */ true,
+    /* .act_block = */ 32,
+    /* .ahead_rows = */ 0,
 };
 
 }  // namespace

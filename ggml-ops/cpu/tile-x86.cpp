@@ -7,10 +7,11 @@ const tile_kernel * tile_kernel_x86(ggml_type type, int64_t group, int64_t inter
     if (const tile_kernel * kernel = tile_kernel_x86_q4(type, group, inter, n_rows)) {
         return kernel;
     }
-    if (const tile_kernel * kernel = tile_kernel_x86_q8(type, group, n_rows)) {
+    const tile_layout layout = tile_layout_get(group, inter, n_rows);
+    if (const tile_kernel * kernel = tile_kernel_blocks_32(type, layout)) {
         return kernel;
     }
-    if (const tile_kernel * kernel = tile_kernel_x86_q6(type, group)) {
+    if (const tile_kernel * kernel = tile_kernel_blocks_256(type, layout)) {
         return kernel;
     }
     return tile_kernel_x86_float(type, group);

@@ -97,16 +97,22 @@ inline void int8_act_pack(int64_t k, int64_t first, int64_t n, const float * x, 
     }
 }
 
-inline void prefetch_lines(const char * p, int64_t bytes) {
+// always_inline: GCC drops calls of functions that do nothing but prefetch
+inline __attribute__((always_inline)) void prefetch_lines(const char * p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) {
         _mm_prefetch(p + i, _MM_HINT_T0);
     }
 }
 
+// for what is wanted after more than the first level holds (Zen 4: 24 instead of 12 to 18 GB/s in tile-blocks.h)
+inline __attribute__((always_inline)) void prefetch_to_l2(const char * p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+        _mm_prefetch(p + i, _MM_HINT_T1);
+    }
+}
+
 // NULL: not handled here
 const tile_kernel * tile_kernel_x86_q4(ggml_type type, int64_t group, int64_t inter, int64_t n_rows);
-const tile_kernel * tile_kernel_x86_q8(ggml_type type, int64_t group, int64_t n_rows);
-const tile_kernel * tile_kernel_x86_q6(ggml_type type, int64_t group);
 const tile_kernel * tile_kernel_x86_float(ggml_type type, int64_t group);
 
 #endif

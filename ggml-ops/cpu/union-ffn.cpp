@@ -243,13 +243,13 @@ void up_tile(const union_run & run, int64_t i, int64_t row, int64_t n_rows, int6
         x[t] = run.x(run.tokens()[pair + t]);
     }
     const char * rows = p.up.data + e * p.up.expert_size + row * p.up.row_size;
-    tile_multiply_rows(p.up, rows, n_rows, x, n, lanes, z, n_rows, cold);
+    tile_multiply_rows(p.up, rows, n_rows, x, n, lanes, z, n_rows, cold ? tile_ahead(p.up, rows) : nullptr);
     if (p.op.gate) {
         for (int64_t t = 0; t < n; t++) {
             x[t] = run.gate_x(run.tokens()[pair + t]);
         }
         rows = p.gate.data + e * p.gate.expert_size + row * p.gate.row_size;
-        tile_multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, n_rows, cold);
+        tile_multiply_rows(p.gate, rows, n_rows, x, n, lanes, gate, n_rows, cold ? tile_ahead(p.gate, rows) : nullptr);
     }
     for (int64_t t = 0; t < n; t++) {
         float * u = z + t * n_rows;

@@ -152,7 +152,7 @@ void check_mul_mat(tester &                   t,
                 [&](ggml_context * ctx) {
                     ggml_tensor * out = build(ctx, weight.tensor, &in, n);
                     if (hint != GGML_HINT_NONE) {
-                        ggml_mul_mat_set_hint(out, hint);
+                        ggml_mul_mat_set_hint(heads > 1 ? out->src[0]->src[0] : out, hint);
                     }
                     return out;
                 },
@@ -164,7 +164,7 @@ void check_mul_mat(tester &                   t,
              ggml_backend_buft_name(buft), (int) k, (int) rows, (int) heads);
     t.check(name, run(GGML_HINT_NONE));
     const bool ours = ggml_backend_buft_is_host(buft) || !strcmp(ggml_backend_buft_name(buft), "CPU_REPACK");
-    if (heads == 1 && ours) {
+    if (ours) {
         t.check(std::string(name) + ", default mode with the hint", run(GGML_HINT_BATCH_INVARIANT), false);
     }
 }

@@ -14,11 +14,12 @@ struct product_case {
     bool      packed;         // the weight in CPU_REPACK if that takes it
     bool      view;           // the input is a view into a wider tensor
     bool      skips = false;  // the weight is every second row of a tensor
+    int64_t   heads = 1;      // matrices of the weight, each with activation rows of its own
 
     std::string name() const {
-        char text[128];
-        snprintf(text, sizeof(text), "type=%s k=%d rows=%d n=%d packed=%d view=%d skips=%d", ggml_type_name(type),
-                 (int) k, (int) n_rows, (int) n, packed, view, skips);
+        char text[160];
+        snprintf(text, sizeof(text), "type=%s k=%d rows=%d n=%d packed=%d view=%d skips=%d heads=%d",
+                 ggml_type_name(type), (int) k, (int) n_rows, (int) n, packed, view, skips, (int) heads);
         return text;
     }
 };
@@ -26,15 +27,29 @@ struct product_case {
 struct product_data {
     product_case       c;
     placed_weight      weight;
-    std::vector<float> x;  // [n][k]
+    std::vector<float> x;  // [n][heads][k]
 
     product_data(const product_case & c_, unsigned seed) : c(c_) {
         std::mt19937 rng(seed);
-        const bool   takes = c.packed && c.n_rows % 8 == 0;  // the groups of CPU_REPACK
-        weight = placed_weight(takes ? cpu_buffer_type("CPU_REPACK") : ggml_backend_cpu_buffer_type(), c.type,
-                               { c.k, stored_rows() },
-                               random_values(c.k * stored_rows(), rng, 1.0f / std::sqrt((float) c.k)));
-        x      = random_values(c.n * c.k, rng);
+        weight = placed_weight(packs() ? cpu_buffer_type("CPU_REPACK") : ggml_backend_cpu_buffer_type(), c.type,
+                               { c.k, stored_rows(), c.heads },
+                               random_values(c.k * stored_rows() * c.heads, rng, 1.0f / std::sqrt((float) c.k)));
+        x      = random_values(c.n * c.heads * c.k, rng);
+    }
+
+    // whether the loader would put the weight into CPU_REPACK
+    bool packs() const {
+        ggml_backend_buffer_type_t buft = cpu_buffer_type("CPU_REPACK");
+        if (!c.packed || !buft) {
+            return false;
+        }
+        ctx_ptr       ctx = make_ctx(8);
+        ggml_tensor * w   = ggml_new_tensor_3d(ctx.get(), c.type, c.k, stored_rows(), c.heads);
+        ggml_tensor * op  = ggml_mul_mat(ctx.get(), w, ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.k, 4, c.heads));
+        w->buffer         = ggml_backend_buft_alloc_buffer(buft, 0);
+        const bool ok     = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+        ggml_backend_buffer_free(w->buffer);
+        return ok;
     }
 
     int64_t stored_rows() const { return c.skips ? 2 * c.n_rows : c.n_rows; }
@@ -50,25 +65,26 @@ struct product_data {
     size_t work_size(ggml_op_hint hint, int threads) const {
         ctx_ptr       ctx   = make_ctx(16);
         ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 16, false);
-        ggml_build_forward_expand(graph,
-                                  product(ctx.get(), ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, c.k, c.n), hint));
+        ggml_build_forward_expand(
+            graph, product(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.k, c.n, c.heads), hint));
         return ggml_graph_plan(graph, threads, nullptr).work_size;
     }
 
-    // [n][n_rows]
+    // [heads][n][n_rows]
     std::vector<float> compute(cpu_runner & runner, int64_t t0, int64_t n, int threads) const {
         ggml_tensor * in  = nullptr;
         const int64_t pad = c.view ? 3 : 0;
         return runner.run(
             threads,
             [&](ggml_context * ctx) {
-                in = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.k + pad, n);
-                return product(ctx, ggml_view_2d(ctx, in, c.k, n, in->nb[1], pad * sizeof(float)),
-                               GGML_HINT_TOKEN_TILES);
+                in = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.k + pad, c.heads, n);
+                ggml_tensor * by_head =
+                    ggml_view_3d(ctx, in, c.k, n, c.heads, in->nb[2], in->nb[1], pad * sizeof(float));
+                return product(ctx, by_head, GGML_HINT_TOKEN_TILES);
             },
             [&] {
-                for (int64_t t = 0; t < n; t++) {
-                    ggml_backend_tensor_set(in, &x[(t0 + t) * c.k], t * in->nb[1] + pad * sizeof(float),
+                for (int64_t row = 0; row < n * c.heads; row++) {
+                    ggml_backend_tensor_set(in, &x[(t0 * c.heads + row) * c.k], row * in->nb[1] + pad * sizeof(float),
                                             c.k * sizeof(float));
                 }
             });
@@ -77,18 +93,17 @@ struct product_data {
     double nmse(const std::vector<float> & got) const {
         const std::vector<float> w     = weight.dequantize();
         double                   error = 0.0, power = 0.0;
-        for (int64_t t = 0; t < c.n; t++) {
-            for (int64_t r = 0; r < c.n_rows; r++) {
-                double want = 0.0;  // and its power, as the sum of random terms has it: a value near 0 says nothing
-                const float * row = &w[(c.skips ? 2 * r : r) * c.k];
-                for (int64_t i = 0; i < c.k; i++) {
-                    const double term = (double) row[i] * x[t * c.k + i];
-                    want += term;
-                    power += term * term;
-                }
-                const double off = got[t * c.n_rows + r] - want;
-                error += off * off;
+        for (int64_t i = 0; i < c.heads * c.n * c.n_rows; i++) {
+            const int64_t r = i % c.n_rows, t = i / c.n_rows % c.n, head = i / c.n_rows / c.n;
+            const float * row  = &w[(head * stored_rows() + (c.skips ? 2 * r : r)) * c.k];
+            const float * col  = &x[(t * c.heads + head) * c.k];
+            double        want = 0.0;  // and its power, as the sum of random terms has it: a value near 0 says nothing
+            for (int64_t j = 0; j < c.k; j++) {
+                const double term = (double) row[j] * col[j];
+                want += term;
+                power += term * term;
             }
+            error += (got[i] - want) * (got[i] - want);
         }
         return error / power;
     }
@@ -117,7 +132,11 @@ struct tester {
         for (int64_t t = 0; invariant && t < c.n; t += 1 + t / 4) {
             const int64_t            n    = std::min<int64_t>(1 + t % 9, c.n - t);
             const std::vector<float> part = data.compute(runner, t, n, 1 + (int) (t % 4));
-            const bool               same = memcmp(part.data(), &whole[t * c.n_rows], part.size() * sizeof(float)) == 0;
+            bool                     same = true;
+            for (int64_t head = 0; head < c.heads; head++) {
+                same = same && memcmp(&part[head * n * c.n_rows], &whole[(head * c.n + t) * c.n_rows],
+                                      n * c.n_rows * sizeof(float)) == 0;
+            }
             report(same, "invariance", c.name() + " from " + std::to_string(t) + ", " + std::to_string(n) + " tokens");
         }
     }
@@ -143,6 +162,38 @@ struct tester {
     }
 };
 
+const ggml_type BLOCK_TYPES[] = {
+    GGML_TYPE_Q4_0,  GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0,   GGML_TYPE_IQ4_NL,
+    GGML_TYPE_MXFP4, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS,
+};
+
+void check_types(tester & t, int64_t n, int64_t n_rows) {
+    // where there is a kernel of ours depends on the CPU; so does invariance, which is checked on x86
+    const bool x86  = ggml_cpu_has_avx2() && ggml_cpu_has_fma() && ggml_cpu_has_f16c();
+    const bool view = n % 2;
+    for (ggml_type type : BLOCK_TYPES) {
+        if ((type + n + n_rows) % 4 != 0 && n != 5) {  // a quarter of the combinations
+            continue;
+        }
+        const int64_t block = ggml_blck_size(type);
+        const int64_t k     = block == 32 ? 96 : 2 * block;
+        for (bool packed : { false, true }) {
+            // upstream's packed products read four tokens at a time as if they were contiguous: no views for them
+            t.check({ type, k, n_rows, n, packed, view && (x86 || !packed) }, x86);
+        }
+        t.check({ type, block, n_rows, n, false, view, false, 3 }, x86);
+        if (x86 && n < 10) {
+            t.not_a_number({ type, k, n_rows, n, n % 4 < 2, view });
+        }
+    }
+    t.check({ GGML_TYPE_Q4_0, 1024, n_rows, n, true, view && x86 }, x86);
+    t.check({ GGML_TYPE_Q6_K, 1792, n_rows, n, false, view }, x86);
+    // no kernel of ours: as without the hint
+    t.check({ GGML_TYPE_Q3_K, 512, n_rows, n, false, view }, false);
+    t.check({ GGML_TYPE_Q6_K, 512, n_rows, n, false, view, true }, false);
+    t.check({ GGML_TYPE_Q8_0, 96, n_rows, n, false, false, true }, false);
+}
+
 }  // namespace
 
 int main(int argc, char ** argv) {
@@ -155,30 +206,9 @@ int main(int argc, char ** argv) {
     tester t;
     for (int64_t n : { 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 130 }) {
         for (int64_t n_rows : { 1, 7, 8, 40, 129, 320 }) {
-            if (quick && n != 5 && n != 17) {
-                continue;
+            if (!quick || n == 5 || n == 17) {
+                check_types(t, n, n_rows);
             }
-            const bool view      = n % 2;
-            // where these have a kernel of ours depends on the CPU; so does invariance, which is checked on x86
-            const bool x86       = ggml_cpu_has_avx2() && ggml_cpu_has_fma() && ggml_cpu_has_f16c();
-            const bool q4_packed = x86 && n_rows % 8 == 0, q6 = x86;
-            // upstream's packed products read four tokens at a time as if they were contiguous: no views for them
-            const bool q4_view = view && (q4_packed || n_rows % 8 != 0);
-            t.check({ GGML_TYPE_Q4_0, 96, n_rows, n, true, q4_view }, q4_packed);
-            t.check({ GGML_TYPE_Q4_0, 1024, n_rows, n, true, q4_view }, q4_packed);
-            t.check({ GGML_TYPE_Q6_K, 256, n_rows, n, false, view }, q6);
-            t.check({ GGML_TYPE_Q6_K, 1792, n_rows, n, false, view }, q6);
-            t.check({ GGML_TYPE_Q6_K, 512, n_rows, n, false, view, true }, false);
-            if (q4_packed && n < 10) {
-                t.not_a_number({ GGML_TYPE_Q4_0, 96, n_rows, n, true, view });
-            }
-            if (q6 && n < 10) {
-                t.not_a_number({ GGML_TYPE_Q6_K, 512, n_rows, n, false, view });
-            }
-            // no kernel of ours: as without the hint
-            t.check({ GGML_TYPE_Q4_K, 512, n_rows, n, false, false }, false);
-            t.check({ GGML_TYPE_Q8_0, 96, n_rows, n, false, view }, false);
-            t.check({ GGML_TYPE_Q8_0, 96, n_rows, n, false, false, true }, false);
         }
     }
     printf("%d checks, %d failed\n", t.n_run, t.n_failed);

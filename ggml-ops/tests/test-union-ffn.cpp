@@ -453,6 +453,17 @@ void test_odd_sizes(tester & t) {
             }
         }
     }
+    // rows that fill no group of a kernel: hidden values that a float matrix takes
+    for (const type_pair & types : TYPES) {
+        for (int64_t d : { 1, 7, 33 }) {
+            ffn_case c;
+            c.h  = ggml_blck_size(types.up);
+            c.d  = d;
+            c.up = types.up;
+            c.n  = 6;
+            t.against_oracle(c);
+        }
+    }
 }
 
 // more pairs than one block of tokens may hold: the op works in several blocks
