@@ -94,7 +94,7 @@ lint: venv
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/basedpyright --pythonpath $(PY)
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*/*.h ggml-ops/*/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard ggml-ops/*/*.[hc] ggml-ops/*/*.cpp)
 
 bench: setup
 	$(VENV)/bin/blockffn bench --report build/bench-report.html

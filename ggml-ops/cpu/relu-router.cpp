@@ -3,6 +3,7 @@
 #include "relu-router.h"
 
 #include "ggml-cpu-impl.h"
+#include "ggml-expert-ops.h"
 #include "ggml-impl.h"
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // The union FFN op unpacked from its tensor, shared by the reference and the fast path.
 #pragma once
 
+#include "ggml-expert-ops.h"
 #include "ggml-impl.h"
 
 #include <algorithm>

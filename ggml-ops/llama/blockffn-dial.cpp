@@ -42,3 +42,19 @@ bool blockffn_set_union_budget(llama_context * ctx, int32_t n_experts) {
     }
     return (n_experts == 0 || has_router(ctx, __func__)) && ctx->set_union_budget(n_experts);
 }
+
+// both only change parameters of nodes, or add a few small ones: nothing to reserve
+void llama_context::set_router_threshold(float value) {
+    cparams.router_threshold = value;
+}
+
+bool llama_context::set_union_budget(int32_t value) {
+    if (value > 0 && cparams.batch_invariant) {
+        LLAMA_LOG_ERROR(
+            "%s: a union budget (%d experts) makes results depend on the batch, which exact mode rules out\n", __func__,
+            value);
+        return false;
+    }
+    cparams.union_budget = value;
+    return true;
+}

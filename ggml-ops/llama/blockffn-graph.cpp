@@ -3,6 +3,7 @@
 #include "../cpu/flash-attn.h"
 #include "../cpu/relu-router.h"
 #include "blockffn-model.h"
+#include "ggml-expert-ops.h"
 #include "llama-adapter.h"
 
 #include <string>

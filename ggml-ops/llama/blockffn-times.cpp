@@ -1,5 +1,6 @@
 #include "blockffn-times.h"
 
+#include "ggml-cpu.h"
 #include "ggml.h"
 #include "llama-context.h"
 
@@ -111,4 +112,18 @@ int32_t blockffn_times(llama_context * ctx, blockffn_node_time * out, int32_t ca
     const auto sums = ctx->get_node_times()->sums();
     std::copy_n(sums.begin(), std::min<size_t>(sums.size(), std::max(capacity, 0)), out);
     return (int32_t) sums.size();
+}
+
+bool llama_context::set_node_times(bool value) {
+    auto * reg    = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_cpu));
+    auto * set_fn = (decltype(ggml_backend_cpu_set_node_callback) *) ggml_backend_reg_get_proc_address(
+        reg, "ggml_backend_cpu_set_node_callback");
+    if (!set_fn) {
+        return !value;
+    }
+    if (value) {
+        node_times = std::make_unique<blockffn_times_collector>();
+    }
+    set_fn(backend_cpu, value ? blockffn_times_collector::callback : nullptr, value ? node_times.get() : nullptr);
+    return true;
 }

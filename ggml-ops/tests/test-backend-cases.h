@@ -1,6 +1,8 @@
-// Cases of the two ops for test-backend-ops; included there after its own cases, see patches/0013-test-backend-ops.patch.
+// Cases of the two ops for test-backend-ops; included there after its own cases, see patches/0010-expert-ops.patch.
 // The CPU is compared with its reference only if it is asked for: test-backend-ops -b CPU -o UNION_FFN
 #pragma once
+
+#include "ggml-expert-ops.h"
 
 // GGML_OP_RELU_ROUTER
 struct test_relu_router : public test_case {

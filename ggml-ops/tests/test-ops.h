@@ -4,6 +4,7 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
+#include "ggml-expert-ops.h"
 #include "ggml.h"
 
 #include <cstdio>
