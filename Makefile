@@ -40,7 +40,7 @@ $(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx
 endif
 
 .PHONY: demo test test-quick setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz \
-        test-amx wheel check-upstream refresh-patches clean
+        test-amx test-clients wheel check-upstream refresh-patches clean
 
 setup: venv build
 
@@ -161,6 +161,12 @@ test-arm: tree
 test-amx:
 	$(MAKE) BUILD_PROFILE=amx-emulated build
 	BLOCKFFN_LIB_DIR=$(CURDIR)/build/amx-emulated/bin $(PY) -m pytest
+
+# LangChain and LlamaIndex on our server and on blockffn.replace_llama. They bring 80 packages, which nothing else needs.
+test-clients: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $$($(PY) -c \
+	    'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("blockffn") if "clients" in r))')
+	$(PY) -m pytest tests/test_serve_clients.py tests/test_replace_llama.py
 
 wheel:
 	$(MAKE) BUILD_PROFILE=portable setup

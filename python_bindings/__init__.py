@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from blockffn import convert, eval, training
     from blockffn.engine import Engine, GenerationParams, QueueFull, Stream, Token
     from blockffn.llama import Llama, UnionStats
+    from blockffn.replacement import replace_llama, restore_llama
     from blockffn.speculative import EagleDrafter, ModelDrafter, NGramDrafter
 
 __version__ = "0.1.0"
@@ -36,6 +37,8 @@ __all__ = [
     "UnionStats",
     "convert",
     "eval",
+    "replace_llama",
+    "restore_llama",
     "training",
 ]
 
@@ -50,6 +53,8 @@ _NAMES = {
     "QueueFull": "blockffn.engine",
     "Stream": "blockffn.engine",
     "Token": "blockffn.engine",
+    "replace_llama": "blockffn.replacement",
+    "restore_llama": "blockffn.replacement",
 }
 _MODULES = ("convert", "eval", "training")
 

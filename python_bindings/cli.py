@@ -28,7 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("blockffn.commands.quantize", "GGUF -> smaller GGUF, with the real bits per weight"),
     "run": ("blockffn.commands.run", "continue a text"),
     "chat": ("blockffn.commands.chat", "talk to a model in the terminal"),
-    "serve": ("blockffn.commands.serve", "llama-server of the patched tree, same flags"),
+    "serve": ("blockffn.commands.serve", "OpenAI-compatible server, many users at once"),
+    "llama-server": ("blockffn.commands.llama_server", "llama-server of the patched tree, same flags"),
     "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, equality of texts, parity"),
     "verify-published": ("blockffn.eval.published.cli", "one published checkpoint: convert, compare, measure, report"),
     "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
@@ -91,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.error(f"unknown command {name!r}: {hint}known: {', '.join(COMMANDS)}")
     module: ModuleType | None = None
     for command, (path, summary) in COMMANDS.items():
-        passes_all = command == "serve"
+        passes_all = command == "llama-server"
         child = commands.add_parser(
             command, help=summary, description=summary, add_help=not passes_all, allow_abbrev=False
         )
@@ -99,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         if command == name:
             module = importlib.import_module(path)
             module.add_arguments(child)
-    if name == "serve":
+    if name == "llama-server":
         args, rest = parser.parse_known_args(arguments)
         args.rest = rest
     else:

@@ -14,10 +14,14 @@ EXTRAS = {
     "lm_eval": "lm-eval",
     "matplotlib": "train",
     "ray": "ray",
+    "prometheus_client": "server",
+    "pydantic": "server",
     "safetensors": "convert",
     "sentencepiece": "convert",
+    "starlette": "server",
     "tomli": "train",
     "torch": "train",
+    "uvicorn": "server",
 }
 
 

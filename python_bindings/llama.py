@@ -453,13 +453,17 @@ class Llama(llama_cpp.Llama):
         with self._lock:
             return self._evaluation().active_experts(tokens)
 
-    def union_stats(self, reset: bool = False) -> UnionStats:
-        """Return the expert counters of the conversation since the last reset (see UnionStats)."""
+    def union_stats(self, reset: bool = False, ctx: Any = None) -> UnionStats:
+        """Return the expert counters of the conversation since the last reset (see UnionStats).
+
+        ctx: another llama_context of this model, whose counters are wanted.
+        """
         arrays = [np.zeros(self.n_moe_layers, np.int64) for _ in range(4)]
         pointers = [array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)) for array in arrays]
-        _capi.function("blockffn_stats")(self.ctx, *pointers)
+        ctx = self.ctx if ctx is None else ctx
+        _capi.function("blockffn_stats")(ctx, *pointers)
         if reset:
-            _capi.function("blockffn_stats_reset")(self.ctx)
+            _capi.function("blockffn_stats_reset")(ctx)
         evaluations, n_tokens, active_pairs, union_size = arrays
         return UnionStats(evaluations, n_tokens, active_pairs, union_size, self.n_experts)
 

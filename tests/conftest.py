@@ -25,7 +25,8 @@ SLOW = {
     "test_eval_published", "test_eval_report", "test_eval_spec_bench",
     "test_eval_harness", "test_eval_harness_scorer", "test_examples",
     "test_inspect", "test_library", "test_models", "test_open_streams", "test_ops", "test_parity", "test_parity_deco",
-    "test_programs", "test_quantize", "test_readme", "test_real_model", "test_server", "test_speculative_exact",
+    "test_programs", "test_quantize", "test_readme", "test_real_model", "test_serve_api", "test_serve_clients",
+    "test_serve_limits", "test_serve_page", "test_server", "test_speculative_exact",
     "test_speculative_policy", "test_speculative_soak", "test_trainer", "test_wheel",
 }  # fmt: skip
 

@@ -54,8 +54,8 @@ print([m for m in ("torch", "numpy", "llama_cpp", "blockffn.convert", "blockffn.
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_every_command_has_help(command: str, main: Main) -> None:
-    if command == "serve":
-        pytest.skip("it is llama-server's help: see test_server.py")
+    if command == "llama-server":
+        pytest.skip("its help is llama.cpp's: see test_server.py")
     code, out, errors = main(command, "--help")
     assert code == 0 and f"usage: blockffn {command}" in out, errors
 
@@ -82,7 +82,7 @@ def test_wrong_usage_is_two(arguments: list[str], message: str, main: Main) -> N
     assert code == 2 and out == "" and message in errors
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "inspect", "serve"])
+@pytest.mark.parametrize("command", ["run", "chat", "inspect", "serve", "llama-server"])
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty", "foreign", "cut"])
 def test_bad_model_is_one_message(command: str, kind: str, tmp_path: Path, stock_model: Path, main: Main) -> None:
     path = tmp_path / "model.gguf"
@@ -91,9 +91,15 @@ def test_bad_model_is_one_message(command: str, kind: str, tmp_path: Path, stock
     elif kind != "missing":
         data = {"empty": b"", "foreign": b"PK\3\4 zip", "cut": stock_model.read_bytes()[:4000]}[kind]
         path.write_bytes(data)
-    if command == "serve" and kind not in ("missing", "directory"):
+    if command == "llama-server" and kind not in ("missing", "directory"):
         pytest.skip("llama-server reads the file itself")
-    arguments = {"run": ["-p", "x", "-m"], "chat": ["-m"], "inspect": [], "serve": ["-m"]}[command]
+    arguments = {
+        "run": ["-p", "x", "-m"],
+        "chat": ["-m"],
+        "inspect": [],
+        "serve": ["--port", "0", "-m"],
+        "llama-server": ["-m"],
+    }[command]
     code, _, errors = main(command, *arguments, path)
     assert code == 1
     assert errors.startswith("error: ") and errors.count("\n") == 1 and str(path) in errors
@@ -249,8 +255,8 @@ def test_chat_context_is_full(stock_model: Path, main: Main, monkeypatch: pytest
     assert code == 1 and "--ctx-size" in errors
 
 
-def test_serve_passes_everything_on(stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser_words = ["serve", "-m", str(stock_model), "--port", "8081", "-c", "512", "--ffn", "dense", "--jinja"]
+def test_llama_server_gets_everything(stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser_words = ["llama-server", "-m", str(stock_model), "--port", "8081", "-c", "512", "--ffn", "dense", "--jinja"]
     seen: list[list[str]] = []
 
     def record(_path: str, line: list[str]) -> None:

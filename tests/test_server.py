@@ -1,4 +1,4 @@
-"""llama-server of the patched tree, started by `blockffn serve`, answers requests."""
+"""llama-server of the patched tree, started by `blockffn llama-server`, answers requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,18 @@ class Server:
 
     def __init__(self, model: Path, log: Path, *arguments: str | Path) -> None:
         self.base = f"http://127.0.0.1:{(port := free_port())}"
-        command = [sys.executable, "-m", "blockffn.cli", "serve", "-m", model, "--host", "127.0.0.1", "--port", port]
+        command = [
+            sys.executable,
+            "-m",
+            "blockffn.cli",
+            "llama-server",
+            "-m",
+            model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+        ]
         command += ["-c", "256", "-np", "1", "-t", "1", "--no-warmup", *arguments]
         self.log = log
         with log.open("w") as output:
@@ -135,7 +146,7 @@ def test_upstream_speculation(bundled: Path, tmp_path: Path, options: list[str])
 
 
 def test_help_and_bad_arguments(blockffn_model: Path) -> None:
-    command = [sys.executable, "-m", "blockffn.cli", "serve"]
+    command = [sys.executable, "-m", "blockffn.cli", "llama-server"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=os.environ, check=False)
     assert shown.returncode == 0 and "--ctx-size" in shown.stdout
     bad = subprocess.run([*command, "-m", str(blockffn_model), "--frob"], capture_output=True, text=True, check=False)

@@ -33,6 +33,7 @@ from blockffn.speculative import target
 from blockffn.speculative.drafter import Drafter, DrafterLike, open_drafter
 from blockffn.speculative.loop import Text
 from blockffn.speculative.sampling import Chain, draw_of
+from blockffn.union_stats import UnionStats
 
 DEFAULT_CONTEXT = 4096  # tokens of all texts together, where none is asked for
 OWN_CONTEXT = 64  # of the model that the engine loads: it is asked for its vocabulary only
@@ -182,6 +183,10 @@ class Engine:
             "cached": sum(slot.cached for slot in scheduler.slots),
             "n_ctx": self.n_ctx,
         }
+
+    def union_stats(self) -> UnionStats:
+        """Return the expert counters of all texts since the engine was opened (see UnionStats)."""
+        return self.llm.union_stats(ctx=self._context.ctx)
 
     def close(self) -> None:
         """End every text ("cancelled") and free the context; the model too where the engine loaded it."""
