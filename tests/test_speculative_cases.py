@@ -77,7 +77,7 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_sampled_tokens_have_the_models_distribution(stock_model: Path, tree: bool) -> None:
     """Chi-square of the tokens after an accepted draft and after a rejected one, in the default mode."""
-    runs, top_k = 800, 6
+    runs, top_k = 2400, 6
     with blockffn.Llama(stock_model, **SETTINGS) as llm:
         first = int(llm.logits(PROMPT)[-1].argmax())
         second = int(llm.logits([*PROMPT, first])[-1].argmax())
