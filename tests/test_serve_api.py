@@ -54,6 +54,19 @@ def test_completion_equals_llama_cpp(server: Local, llm: blockffn.Llama) -> None
     assert [len(top) in (3, 4) for top in ours["top_logprobs"]] == [True] * 12
 
 
+def test_drafts_change_the_steps_and_not_the_text(model: Path, server: Local) -> None:
+    drafting = Local(model, "--exact", "--draft", "ngram", "--parallel", "1")
+    try:
+        body = {"prompt": "abcabcabcabcabcabc", "max_tokens": 96, "temperature": 0}
+        answer, plain = drafting.ok("/v1/completions", **body), server.ok("/v1/completions", **body)
+        assert answer["choices"][0]["text"] == plain["choices"][0]["text"]
+        assert answer["timings"]["draft_n"] > 0
+        assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] == answer["timings"]["draft_n"]
+        assert plain["timings"].get("draft_n", 0) == 0
+    finally:
+        drafting.stop()
+
+
 def test_chat_equals_llama_cpp(server: Local, llm: blockffn.Llama) -> None:
     answer = server.ok("/v1/chat/completions", messages=MESSAGES, **GREEDY)
     expected = llm.create_chat_completion(MESSAGES, repeat_penalty=1.0, **GREEDY)
