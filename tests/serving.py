@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,24 @@ class Local:
                 return True
             time.sleep(0.02)
         return False
+
+    @contextmanager
+    def held(self, after: int) -> Iterator[None]:
+        """Let the engine take `after` more steps, and none beyond until the block is left: no answer ends too early."""
+        scheduler = self.service.engine._scheduler
+        step, taken, released = scheduler.step, itertools.count(), threading.Event()
+
+        def held_step() -> None:
+            if next(taken) >= after:
+                released.wait(60)
+            step()
+
+        scheduler.step = held_step  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            scheduler.step = step  # type: ignore[method-assign]
+            released.set()
 
     def stop(self) -> None:
         """End the server and free its model."""

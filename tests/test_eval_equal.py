@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from killing import run_until_killed
 
 import blockffn
 from blockffn.cli import main
@@ -111,22 +109,18 @@ def test_survives_a_kill(blockffn_model: Path, tmp_path: Path) -> None:
     """Killed in mid-run, then repeated by the same command: every text once."""
     text, output = tmp_path / "text.py", tmp_path / "equal.jsonl"
     text.write_bytes(CODE)
-    arguments = ["eval", "equal", "-m", blockffn_model, "-f", text, "--tokens", 4000, "--length", 20, "--prompt", 16]
-    command = [sys.executable, "-m", "blockffn.cli", *map(str, [*arguments, "-t", 1, "--exact", "--output", output])]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while (not output.exists() or output.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    arguments = ["eval", "equal", "-m", blockffn_model, "-f", text, "--tokens", 400, "--length", 20, "--prompt", 16]
+    arguments += ["-t", 1, "--exact", "--output", output]
+    run_until_killed(arguments, "blockffn.eval.journal:Journal._append", 4)
     before = output.read_bytes()
-    assert 4 <= before.count(b"\n") < 200
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    assert before.count(b"\n") == 4
+    command = [sys.executable, "-m", "blockffn.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     figures = json.loads(done.stdout)
-    assert figures["differences"] == 0 and figures["texts"] == 200 and "were done before" in done.stderr
+    assert figures["differences"] == 0 and figures["texts"] == 20 and "were done before" in done.stderr
     after = output.read_bytes()
     assert after.startswith(before[: before.rfind(b"\n") + 1])
-    assert [json.loads(line)["text"] for line in after.splitlines()[1:]] == list(range(200))
+    assert [json.loads(line)["text"] for line in after.splitlines()[1:]] == list(range(20))
 
 
 def test_command(capsys: pytest.CaptureFixture[str], blockffn_model: Path, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def test_openai_streams(client: openai.OpenAI, server: Local) -> None:
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text(server)
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
-    with client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=900, stream=True) as stream:
+    long = client.chat.completions.create
+    with server.held(after=4), long(model="any", messages=MESSAGES, max_tokens=900, stream=True) as stream:
         next(iter(stream))
     assert server.idle()  # left after the first chunk
 

@@ -77,6 +77,7 @@ def test_fuzzed_requests_are_refused(server: Local) -> None:
 
 def test_full_queue_is_429(server: Local) -> None:
     with (
+        server.held(after=4),
         httpx.Client(base_url=server.base, timeout=60) as client,
         client.stream(
             "POST", "/v1/completions", json={**LONG, "prompt": ["a", "b"], "n": 2, "stream": True}
@@ -99,7 +100,7 @@ def test_client_that_goes_away_frees_its_place(server: Local, stream: bool) -> N
     body = json.dumps({**LONG, "n": 2, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     before = server.service.totals.cancelled
-    with socket.create_connection((host, port)) as connection:
+    with server.held(after=4), socket.create_connection((host, port)) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         end = time.monotonic() + 20
         while not server.service.engine.statistics()["running"] and time.monotonic() < end:
@@ -171,7 +172,7 @@ def test_templates_stay_in_the_sandbox(tmp_path: Path) -> None:
 )
 def test_stop_lets_answers_end(model: Path, tmp_path: Path, limit: str, words: str) -> None:
     server = Process(model, tmp_path / "log.txt", "--ctx", "16384", "--stop-seconds", limit)
-    n = 3000 if limit == "30" else 16000
+    n = 6000 if limit == "30" else 16000
     found: list[Any] = []
 
     def ask() -> None:

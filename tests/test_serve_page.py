@@ -60,10 +60,11 @@ def test_chat_streams_and_counts(page: browser.Browser, server: Local) -> None:
 def test_keys_stop_and_clear(page: browser.Browser, server: Local) -> None:
     page.run("find('tokens').value = '1900'; find('mode').value = 'continue'; 0")
     page.write("def add")
-    page.key("Enter")
-    page.until("document.querySelectorAll('.text span').length > 2")
-    page.key("Escape")
-    page.until("!!document.querySelector('.note')")
+    with server.held(after=4):
+        page.key("Enter")
+        page.until("document.querySelectorAll('.text span').length > 2")
+        page.key("Escape")
+        page.until("!!document.querySelector('.note')")
     assert "stopped" in page.run("document.querySelector('.note').textContent") and shown(page).startswith("def add")
     assert server.idle()
     page.key("c", modifiers=1)

@@ -113,11 +113,11 @@ def _started(crew: Crew, count: int) -> Generator[list[tuple[Connection, BasePro
             workers.append((ours, process))
         yield workers
     finally:
-        for channel, process in workers:
-            channel.close()
-            process.terminate()
         for _, process in workers:
+            process.terminate()
+        for channel, process in workers:  # open until then: a worker that sends to a closed one would complain
             process.join()
+            channel.close()
 
 
 def core_sets(cores: Sequence[int], count: int) -> list[list[int]]:
@@ -143,6 +143,8 @@ def _work(channel: Connection, crew: Crew, cores: list[int]) -> None:
         return
     except BlockffnError as error:
         channel.send(("error", str(error)))
+    except BrokenPipeError:  # the parent was killed
+        return
     except OSError as error:
         channel.send(("error", f"worker: {error}"))
 
