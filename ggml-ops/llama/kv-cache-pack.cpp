@@ -1,21 +1,9 @@
 // llama_memory_seq_pack() for the KV cache: see patches/0031-cache-packing.patch.
 
+#include "kv-cache-rows.h"
 #include "llama-kv-cache.h"
 
 #include <limits>
-
-// copy the rows of K and V of cells src[i] to cells dst[i], all read before the first is written
-static void kv_rows_move(ggml_tensor * t, const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst) {
-    const size_t n = t->nb[1];  // bytes of a cell
-
-    std::vector<uint8_t> rows(src.size() * n);
-    for (size_t i = 0; i < src.size(); ++i) {
-        ggml_backend_tensor_get(t, rows.data() + i * n, src[i] * n, n);
-    }
-    for (size_t i = 0; i < dst.size(); ++i) {
-        ggml_backend_tensor_set(t, rows.data() + i * n, dst[i] * n, n);
-    }
-}
 
 bool llama_kv_cache::seq_pack(llama_seq_id seq_id, llama_pos p0) {
     auto & cells = v_cells[0];

@@ -158,6 +158,7 @@ def new_context(llm: Any, exact: bool, **changes: Any) -> Any:
     params.kv_unified = True
     if exact:
         params.flash_attn_type = library.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.swa_full = True  # cells that a sliding window hides are not used again there
     for name, value in changes.items():
         setattr(params, name, value)
     with logs.collect() as lines:
