@@ -23,7 +23,7 @@ SLOW = {
     "test_eval_bench_activation",
     "test_eval_bench_peers", "test_eval_bench_speculative", "test_eval_demo", "test_eval_dial", "test_eval_planted",
     "test_eval_published", "test_eval_report", "test_eval_spec_bench",
-    "test_eval_harness", "test_eval_harness_scorer", "test_examples",
+    "test_engine_exact", "test_eval_harness", "test_eval_harness_scorer", "test_examples",
     "test_inspect", "test_library", "test_models", "test_open_streams", "test_ops", "test_parity", "test_parity_deco",
     "test_programs", "test_quantize", "test_readme", "test_real_model", "test_serve_api", "test_serve_clients",
     "test_serve_limits", "test_serve_page", "test_server", "test_speculative_exact",

@@ -46,8 +46,8 @@ class Engine:
     model: a file, or a blockffn.Llama, whose weights are shared; its own text is not touched. n_parallel: texts at
     once. n_ctx: tokens that the cache holds, of all texts together. max_queue: texts that may wait beyond those that
     run. drafter: as blockffn.Llama takes it; each text has its own, drafts are chains, and their length is chosen by
-    measured speed, or fixed by draft_tokens. exact: kernels whose results do not depend on the other tokens of a batch.
-    Further arguments are those of blockffn.Llama.
+    measured speed, or fixed by draft_tokens. exact: the tokens of a text are those that it has alone, whoever else is
+    served. Further arguments are those of blockffn.Llama.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Engine:
                 self._drafters[-1].attach(llm)
         longest = 0 if drafter is None else min(drafter.max_chain, drafter.max_nodes, n_batch // self.n_parallel - 1)
         budget = Budget(max(longest, 0), draft_tokens)
-        cache = SharedCache(ctx, self.n_parallel)
+        cache = SharedCache(ctx, self.n_parallel, rewinds=not (self.llm._is_recurrent or self.llm._is_hybrid))
         shape = Shape(self.llm.n_vocab(), self.llm.n_embd(), n_batch)
         return Scheduler(cache, shape, budget, self._drafters, target.union_counter(self.llm, ctx))
 
@@ -180,6 +180,8 @@ class Engine:
             "steps": scheduler.steps,
             "tokens": scheduler.tokens,
             "preemptions": scheduler.preemptions,
+            "seconds": scheduler.seconds,
+            "loop_seconds": scheduler.loop_seconds,
             "cached": sum(slot.cached for slot in scheduler.slots),
             "n_ctx": self.n_ctx,
         }

@@ -20,7 +20,7 @@ from blockffn.engine.budget import Budget
 from blockffn.engine.cache import SharedCache
 from blockffn.engine.job import NOTHING, Job, Slot
 from blockffn.speculative.decoder import Floats, Views, address_function
-from blockffn.speculative.draft import Plan, Step
+from blockffn.speculative.draft import Plan, Step, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 
 PIECE = 32  # tokens of prompts in a step that also continues texts
@@ -136,15 +136,15 @@ class Scheduler:
     def _place(self, job: Job, free: list[Slot]) -> None:
         """Give a job one of the free slots: what the cache already holds of its text is not evaluated again."""
         text = job.text.tokens
-        common = {slot.index: _common(slot.held, text) for slot in self.slots}
+        common = {slot.index: self._reusable(slot, text) for slot in self.slots}
         slot = max(free, key=lambda slot: (common[slot.index], -slot.cached, -slot.used))
         source = max(self.slots, key=lambda other: common[other.index])
-        reuse = min(common[source.index], job.text.n - 1)
+        reuse = common[source.index]
         drafter = slot.drafter
         if drafter is not None:
             drafter.begin(text)
             if drafter.wants_hidden:  # what it has not read must be evaluated again
-                source, reuse = slot, min(common[slot.index], job.text.n - 1, drafter.known_states())
+                source, reuse = slot, min(common[slot.index], drafter.known_states())
         if source is not slot and reuse > common[slot.index]:
             self._forget(slot, 0)
             self.cache.share(source.index, slot.index, reuse)
@@ -154,6 +154,10 @@ class Scheduler:
         slot.job, slot.used = job, self.steps
         job.started = job.started or perf_counter()
         job.statistics.reused_n += reuse
+
+    def _reusable(self, slot: Slot, text: Tokens) -> int:
+        """Return how many tokens of a text need no evaluation after those that a slot holds: all but the last."""
+        return self.cache.reusable(slot.index, _common(slot.held, text[:-1]), slot.cached)
 
     def _propose(self, running: list[Slot]) -> float:
         """Let the texts that go on draft; return the seconds that it took."""
