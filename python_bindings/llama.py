@@ -22,11 +22,11 @@ import ctypes
 import functools
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,9 @@ from blockffn.speculative.drafter import Drafter, DrafterLike, LlamaDraftModelDr
 from blockffn.speculative.loop import Loop, Sampling  # noqa: E402
 from blockffn.speculative.policy import PLAIN, Plan, Policy, limits  # noqa: E402
 from blockffn.speculative.rows import KeptRows, Rows  # noqa: E402
+
+if TYPE_CHECKING:
+    from blockffn.engine import Engine, GenerationParams, Stream, Token
 
 DEFAULT_CONTEXT = 4096  # upper bound of the context that is reserved when none is asked for
 FFN_KINDS = ("union", "dense")
@@ -351,6 +354,42 @@ class Llama(llama_cpp.Llama):
             sampling = Sampling(chooser.sample, target.end_of_text(self), stopping_criteria, chooser.draw)
             kept, self._next_rows = self._next_rows or self._all_rows, None
         yield from target.locked(self._lock, loop.run(prompt, sampling, kept))
+
+    def engine(self, n_parallel: int = 8, **changes: Any) -> Engine:
+        """Return an Engine on these weights, in this mode, with a copy of the drafter; close it before the model.
+
+        Its cache holds as many tokens as the conversation's, of all texts together. changes: arguments of Engine.
+        """
+        from blockffn.engine import Engine
+
+        self._running()
+        own = {"n_ctx": self.n_ctx(), "exact": self.exact, "n_batch": self.n_batch}
+        drafter = None if self.drafter is None or "drafter" in changes else copy.deepcopy(self.drafter)
+        return Engine(self, n_parallel=n_parallel, **({**own, "drafter": drafter} | changes))
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
+        n_parallel: int = 8,
+    ) -> list[Stream]:
+        """Return the ended streams of many prompts, in their order, `n_parallel` at a time (see Engine.generate_many).
+
+        The conversation is not touched; a context is opened beside it and freed at the end.
+        """
+        with self.engine(min(n_parallel, max(len(prompts), 1))) as engine:
+            return engine.generate_many(prompts, params)
+
+    async def stream_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
+        n_parallel: int = 8,
+    ) -> AsyncIterator[tuple[int, Token]]:
+        """Yield (number of the prompt, token) of many prompts, as the tokens come (see Engine.stream_many)."""
+        with self.engine(min(n_parallel, max(len(prompts), 1))) as engine:
+            async for number, token in engine.stream_many(prompts, params):
+                yield number, token
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Add the statistics to llama_cpp's results, and keep the rows that log-probabilities need."""

@@ -19,6 +19,7 @@ from blockffn import BlockffnError, Engine, GenerationParams, ModelDrafter, NGra
 library.load()
 from llama_cpp import LlamaGrammar  # noqa: E402  only after `load`
 
+LONG = GenerationParams(max_tokens=700, ignore_eos=True)
 PROMPTS = ["abc", "a longer prompt than the others", "abd", "x", "yz" * 20, "0123"]
 
 
@@ -37,6 +38,17 @@ def alone(
         tokens = llm.tokenize(prompt.encode(), special=True)
         found = itertools.islice(llm.generate(tokens, temp=temperature, **arguments), n)
         return list(itertools.takewhile(lambda token: token != llm.token_eos(), found))
+
+
+def idle(engine: Engine, seconds: float = 20) -> bool:
+    """Does nothing run or wait any more? Waits for it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        figures = engine.statistics()
+        if not figures["running"] and not figures["waiting"]:
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def test_greedy_texts_are_those_of_one_model(engine: Engine, stock_model: Path) -> None:
@@ -127,6 +139,63 @@ def test_async_readers_and_threads(engine: Engine) -> None:
         stream.text for stream in engine.generate_many(PROMPTS, GenerationParams(max_tokens=10, temperature=0.0))
     ]
     assert texts == expected
+
+
+def test_many_streams_are_read_as_one(engine: Engine) -> None:
+    params = GenerationParams(max_tokens=10, temperature=0.0)
+    expected = [stream.text for stream in engine.generate_many(PROMPTS, params)]
+
+    async def read() -> list[str]:
+        texts = [""] * len(PROMPTS)
+        async for number, token in engine.stream_many(PROMPTS, params):
+            texts[number] += token.text
+        return texts
+
+    async def leave() -> int:
+        async for number, _token in (streams := engine.stream_many(PROMPTS, LONG)):
+            await streams.aclose()
+            return number
+        raise AssertionError("no token came")
+
+    assert asyncio.run(read()) == expected
+    assert asyncio.run(leave()) in range(4)  # one of those that run
+    assert idle(engine)  # not a word of 700 was needed to notice
+    with pytest.raises(BlockffnError, match="expected one for each of 6 prompts, found 2"):
+        engine.stream_many(PROMPTS, [params, params])
+    with pytest.raises(BlockffnError, match="at least one token"):
+        engine.stream_many([[1, 40], []], LONG)
+    assert idle(engine)  # the text before the one that was refused is taken back
+
+
+def test_an_error_ends_the_common_reading(engine: Engine) -> None:
+    def fail(_ids: Any, _scores: Any) -> Any:
+        raise ZeroDivisionError("in a processor")
+
+    async def read() -> None:
+        params = [LONG, GenerationParams(max_tokens=5, logits_processor=[fail])]
+        async for _number, _token in engine.stream_many(["abc", "abd"], params):
+            pass
+
+    with pytest.raises(ZeroDivisionError, match="in a processor"):
+        asyncio.run(read())
+    assert idle(engine)
+
+
+def test_a_model_generates_many_beside_its_conversation(stock_model: Path) -> None:
+    params = GenerationParams(max_tokens=20, temperature=0.0)
+    with blockffn.Llama(stock_model, n_ctx=512, n_threads=1, exact=True, drafter=ModelDrafter(stock_model)) as llm:
+        talk = llm.generate(llm.tokenize(b"abc", special=True), temp=0.0)
+        begun = list(itertools.islice(talk, 7))
+        many = llm.generate_many(PROMPTS, params, n_parallel=3)
+        for prompt, stream in zip(PROMPTS, many, strict=True):
+            assert [token.id for token in stream.tokens] == alone(stock_model, prompt, 20)
+        assert sum(stream.statistics["drafted"] for stream in many) > 0
+
+        async def read() -> list[int]:
+            return [token.id async for number, token in llm.stream_many(PROMPTS, params) if number == 1]
+
+        assert asyncio.run(read()) == [token.id for token in many[1].tokens]
+        assert begun + list(itertools.islice(talk, 13)) == alone(stock_model, "abc", 20)  # not touched
 
 
 def test_cancelled_texts_end_and_the_others_go_on(engine: Engine) -> None:

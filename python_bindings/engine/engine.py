@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
@@ -22,7 +22,8 @@ from blockffn import library
 from blockffn.engine.budget import Budget
 from blockffn.engine.cache import SharedCache
 from blockffn.engine.job import Job
-from blockffn.engine.params import GenerationParams
+from blockffn.engine.merged import merged
+from blockffn.engine.params import GenerationParams, Token
 from blockffn.engine.scheduler import Scheduler, Shape
 from blockffn.engine.stream import QueueFull, Stream
 from blockffn.engine.text import TextPieces
@@ -121,11 +122,37 @@ class Engine:
         params: GenerationParams | Sequence[GenerationParams] | None = None,
     ) -> list[Stream]:
         """Return the ended streams of all prompts, in their order; `params` for all or one for each."""
+        return [stream.wait() for stream in self._submit_many(prompts, params)]
+
+    def stream_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
+    ) -> AsyncIterator[tuple[int, Token]]:
+        """Return an asynchronous iteration over (number of the prompt, token) of all prompts, as the tokens come.
+
+        Leaving it cancels what still runs; `generate_many` says what `params` are.
+        """
+        return merged(self._submit_many(prompts, params))
+
+    def _submit_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams] | None,
+    ) -> list[Stream]:
+        """Take all texts, whatever the queue holds; none where one of them is refused."""
         each = list(params) if isinstance(params, Sequence) else [params or GenerationParams()] * len(prompts)
         if len(each) != len(prompts):
             raise BlockffnError(f"params: expected one for each of {len(prompts)} prompts, found {len(each)}")
-        streams = [self._submit(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
-        return [stream.wait() for stream in streams]
+        streams: list[Stream] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                streams.append(self._submit(prompt, one, None))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams
 
     def _submit(self, prompt: str | Sequence[int], params: GenerationParams, most: int | None) -> Stream:
         self._check_open()
