@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ EDGE = 1 << 20  # bytes at both ends of a file that its fingerprint reads
 class Journal:
     """`records` are the finished pieces, `add` appends one. Errors: BlockffnError for other settings, a full disk."""
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.records: list[dict[str, Any]] = []

@@ -66,12 +66,22 @@ class Evaluator:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after every token, float32 [n_tokens, n_vocab]."""
-        n_vocab = self._llm.n_vocab()
-        result = np.empty((len(tokens), n_vocab), np.float32)
-        for start, count in self._decode(tokens, hidden=False):
-            rows = self._low.llama_get_logits(self._ctx)
-            result[start : start + count] = np.ctypeslib.as_array(rows, shape=(count, n_vocab))
+        result = np.empty((len(tokens), self._llm.n_vocab()), np.float32)
+        for start, rows in self.logit_rows(tokens):
+            result[start : start + len(rows)] = rows
         return result
+
+    def logit_rows(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield the logits after the tokens from `first` on, a batch at a time: (token, float32 [rows, n_vocab]).
+
+        The rows are llama.cpp's own memory, valid until the next batch.
+        """
+        n_vocab = self._llm.n_vocab()
+        for start, count in self._decode(tokens, hidden=False, first=first):
+            known = max(0, min(count, first - start))
+            if known < count:
+                rows = self._low.llama_get_logits(self._ctx)
+                yield start + known, np.ctypeslib.as_array(rows, shape=(count - known, n_vocab))
 
     def hidden_states(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the hidden states after the final norm, float32 [n_tokens, n_embd]."""
@@ -86,7 +96,7 @@ class Evaluator:
         """Return the experts that the router chose inside llama.cpp, bool [n_moe_layers, n_tokens, n_experts]."""
         n_layers, n_experts = self._llm.n_moe_layers, self._llm.n_experts
         if n_layers == 0:
-            raise BlockffnError(f"{self._llm.model_path}: no layer of this model has ReLU-routed experts")
+            raise BlockffnError(f"{self._llm.model_path}: no layer of this model has routed experts")
         get = _capi.function("blockffn_active_experts")
         result = np.zeros((n_layers, len(tokens), n_experts), np.uint8)
         row = (ctypes.c_uint8 * n_experts)()
@@ -99,8 +109,13 @@ class Evaluator:
                     result[layer, start + i] = row
         return result.astype(np.bool_)
 
-    def _decode(self, tokens: Sequence[int], hidden: bool, experts: bool = False) -> Iterator[tuple[int, int]]:
-        """Evaluate `tokens` from an empty cache; yield (first, count) after each batch, with all its outputs ready."""
+    def _decode(
+        self, tokens: Sequence[int], hidden: bool, experts: bool = False, first: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """Evaluate `tokens` from an empty cache; yield (start, count) after each batch.
+
+        Its outputs are ready then: those of the tokens from `first` on.
+        """
         ids = self._checked(tokens)
         self._reserve(len(ids))
         _capi.function("blockffn_stats_enable")(self._ctx, experts)
@@ -111,7 +126,9 @@ class Evaluator:
             count = len(piece)
             self._batch.n_tokens = count
             np.ctypeslib.as_array(self._batch.token, (count,))[:] = piece
-            np.ctypeslib.as_array(self._batch.pos, (count,))[:] = np.arange(start, start + count)
+            positions = np.arange(start, start + count)
+            np.ctypeslib.as_array(self._batch.pos, (count,))[:] = positions
+            np.ctypeslib.as_array(self._batch.logits, (count,))[:] = positions >= first
             with self._bounded(), logs.collect() as lines:
                 status = self._low.llama_decode(self._ctx, self._batch)
             if status != 0:
@@ -155,7 +172,7 @@ class Evaluator:
         self._ctx, self._n_ctx = ctx, self._low.llama_n_ctx(ctx)
         self._batch = self._low.llama_batch_init(self._n_batch, 0, 1)
         for i in range(self._n_batch):
-            self._batch.n_seq_id[i], self._batch.seq_id[i][0], self._batch.logits[i] = 1, 0, 1
+            self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, 0
         self._llm.apply_adapters(ctx)
         if self._threshold is not None:
             dial.set_threshold(ctx, self._threshold)

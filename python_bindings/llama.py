@@ -482,6 +482,14 @@ class Llama(llama_cpp.Llama):
         with self._lock:
             return self._evaluation().logits(tokens)
 
+    def logit_rows(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield the same from token `first` on, a batch at a time: (token, float32 [rows, n_vocab]).
+
+        The rows are valid until the next ones. Memory: that of one batch, at most 64 MiB of logits.
+        """
+        with self._lock:
+            yield from self._evaluation().logit_rows(tokens, first)
+
     def hidden_states(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the hidden states float32 [n_tokens, n_embd], after the final norm."""
         with self._lock:

@@ -22,7 +22,7 @@ SLOW = {
     "test_convert_mutations", "test_convert_writer", "test_eagle_training", "test_eval_bench",
     "test_eval_bench_activation",
     "test_eval_bench_peers", "test_eval_bench_speculative", "test_eval_demo", "test_eval_dial", "test_eval_planted",
-    "test_eval_published", "test_eval_report", "test_eval_spec_bench",
+    "test_eval_published", "test_eval_report", "test_eval_resume", "test_eval_spec_bench", "test_eval_types",
     "test_engine_exact", "test_eval_harness", "test_eval_harness_scorer", "test_examples",
     "test_inspect", "test_library", "test_models", "test_open_streams", "test_ops", "test_parity", "test_parity_deco",
     "test_programs", "test_quantize", "test_readme", "test_real_model", "test_serve_api", "test_serve_clients",

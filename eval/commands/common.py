@@ -1,6 +1,7 @@
 """Arguments and helpers that the measures share.
 
 >>> import argparse
+import contextlib
 >>> parser = argparse.ArgumentParser()
 >>> add_arguments(parser)
 >>> parser.parse_args(["-m", "m.gguf", "-f", "text.txt"]).model
@@ -10,7 +11,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +47,22 @@ def add_cache_type(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--cache-type", choices=tuple(CACHE_TYPES), default=default, help="of keys and values (default: %(default)s)"
     )
+
+
+def add_output(parser: argparse.ArgumentParser, piece: str) -> None:
+    """Add --output, the file of a run that can be resumed; `piece` is what a line of it holds."""
+    parser.add_argument("--output", metavar="O.jsonl", help=f"a line for each {piece}; the run can be resumed with it")
+
+
+@contextlib.contextmanager
+def resumable(output: str | None) -> Iterator[None]:
+    """Say at Ctrl-C that what was done is kept, and where."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output:
+            print(f"\ninterrupted: {output} has what was done; repeat the command to go on", file=sys.stderr)
+        raise
 
 
 def cache(args: argparse.Namespace) -> dict[str, int]:

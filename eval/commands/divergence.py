@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="R.gguf", help="model file, or checkpoint folder")
     common.add_window(parser)
     common.add_cache_type(parser, "f32")
+    common.add_output(parser, "window")
 
 
 def _reference(args: argparse.Namespace, cache: dict[str, int]) -> Any:
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         _reference(args, cache) as reference,
     ):
         tokens = common.text_tokens(llm, args)
-        result = divergence(llm, reference, tokens, args.ctx_size, Shown("mean KL divergence", "window"))
+        shown = Shown("mean KL divergence", "window")
+        with common.resumable(args.output):
+            result = divergence(llm, reference, tokens, args.ctx_size, shown, args.output)
     lines = [
         f"KL divergence  mean {result.mean:.6f} +- {result.error:.6f}, median {result.median:.6f}, "
         f"99 % {result.percentile_99:.6f}, largest {result.largest:.6f} nats",

@@ -8,7 +8,6 @@ The same command goes on after an interruption. Exit code 1: exact mode, and a t
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from blockffn.commands.common import count
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=count, default=10_000, metavar="N", help="compared (default: 10000)")
     parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of a text (default: 256)")
     parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens of a prompt (default: 32)")
-    parser.add_argument("--output", metavar="O.jsonl", help="a line for each text; the run can be resumed with it")
+    common.add_output(parser, "text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,15 +38,11 @@ def run(args: argparse.Namespace) -> int:
     plan = parse_plan(args.plan)
     with common.open_model(args.model, args, n_ctx=args.prompt + args.length + 64, exact=args.exact) as llm:
         tokens = common.text_tokens(llm, args)
-        try:
+        with common.resumable(args.output):
             result = equal(
                 llm, tokens, args.draft, args.tokens, args.exact, plan, args.length, args.prompt, args.output,
                 Shown("differences", "token"),
             )  # fmt: skip
-        except KeyboardInterrupt:
-            if args.output:
-                print(f"\ninterrupted: {args.output} has what was done; repeat the command to go on", file=sys.stderr)
-            raise
     common.print_result(args, result.to_dict(), describe(result))
     return 1 if args.exact and result.differences else 0
 

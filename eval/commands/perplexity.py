@@ -1,6 +1,6 @@
 """Perplexity of a model on a text, by llama-perplexity's convention.
 
-$ blockffn eval ppl -m model.gguf -f text.txt -c 512
+$ blockffn eval ppl -m model.gguf -f text.txt -c 512 --output ppl.jsonl
 
 Windows, scored half and cache are those of llama-perplexity, and so is the figure.
 """
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_arguments(parser)
     common.add_window(parser)
     common.add_cache_type(parser, "f16")
+    common.add_output(parser, "window")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     with common.open_model(args.model, args, **common.cache(args)) as llm:
         tokens = common.text_tokens(llm, args)
-        result = perplexity(llm, tokens, args.ctx_size, Shown("perplexity", "window"))
+        with common.resumable(args.output):
+            result = perplexity(llm, tokens, args.ctx_size, Shown("perplexity", "window"), args.output)
     text = f"perplexity {result.perplexity:.4f} +- {result.error:.4f}, {result.n_scored} tokens scored in "
     return common.print_result(args, result.to_dict(), text + f"{result.n_windows} windows of {result.n_ctx}")

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn eval sparsity`."""
     common.add_arguments(parser)
     common.add_window(parser)
+    common.add_output(parser, "window")
     parser.add_argument("--layers", action="store_true", help="print every layer")
     parser.add_argument("--plot", metavar="STEM", help="draw STEM-experts and STEM-union, png and svg")
     parser.add_argument("--write-metadata", action="store_true", help="store the profile in the model file")
@@ -35,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from blockffn.eval.progress import Shown
     from blockffn.eval.quality.sparsity import profile
 
-    with common.open_model(args.model, args) as llm:
-        found = profile(llm, common.text_tokens(llm, args), args.ctx_size, Shown("TLS", "window"))
+    with common.open_model(args.model, args) as llm, common.resumable(args.output):
+        found = profile(llm, common.text_tokens(llm, args), args.ctx_size, Shown("TLS", "window"), args.output)
     if args.plot:
         _draw(found, args.plot)
     if args.write_metadata:

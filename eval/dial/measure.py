@@ -12,7 +12,7 @@ speculation verifies.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -42,9 +42,9 @@ class _View:
         batch = BATCH if point.budget else None
         self.evaluator = Evaluator(llm, batch, point.threshold, point.budget)
 
-    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Return the logits after every token, float32 [n_tokens, n_vocab]."""
-        return self.evaluator.logits(tokens)
+    def logit_rows(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield the logits after the tokens from `first` on, a batch at a time: (token, float32 [rows, n_vocab])."""
+        return self.evaluator.logit_rows(tokens, first)
 
 
 class Quality:

@@ -6,7 +6,8 @@
     >>> round(nmse(b, a), 4), top1_agreement(b, a)
     (0.0476, 1.0)
 
-All arrays of logits are [n_tokens, n_vocab]; sums run in float64, a few rows at a time.
+All arrays of logits are [n_tokens, n_vocab]; sums run in float64, a few rows at a time. What a row gives does not
+depend on the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ROWS = 64  # rows that are widened to float64 at a time: 64 x 122,753 values are 63 MB
+PIECE = 8 << 20  # bytes of logits that are widened to float64 at a time: 8 rows of 122,753
 
 Logits = npt.NDArray[np.floating[Any]]
 
@@ -50,9 +51,9 @@ def top1_agreement(found: Logits, expected: Logits) -> float:
 def log_likelihood(logits: Logits, targets: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
     """Return ln p(target) after each row, float64 [n_tokens]; `targets` int32 [n_tokens] are the tokens that follow."""
     rows = []
-    for start in range(0, len(targets), ROWS):
-        piece = log_softmax(logits[start : start + ROWS].astype(np.float64))  # [rows, n_vocab]
-        rows.append(np.take_along_axis(piece, targets[start : start + ROWS, None], axis=-1)[:, 0])
+    for piece in _slices(logits):
+        wide = log_softmax(logits[piece].astype(np.float64))  # [rows, n_vocab]
+        rows.append(np.take_along_axis(wide, targets[piece, None], axis=-1)[:, 0])
     return np.concatenate(rows) if rows else np.zeros(0)
 
 
@@ -66,6 +67,11 @@ def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _pieces(found: Logits, expected: Logits) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
     if found.shape != expected.shape:
         raise ValueError(f"logits of one shape expected, found {found.shape} and {expected.shape}")
-    for start in range(0, len(expected), ROWS):
-        rows = slice(start, start + ROWS)
+    for rows in _slices(expected):
         yield found[rows].astype(np.float64), expected[rows].astype(np.float64)
+
+
+def _slices(logits: Logits) -> Iterator[slice]:
+    """Yield slices of rows that take PIECE bytes as float64, at least one row each."""
+    rows = max(1, PIECE // (8 * max(1, logits.shape[-1])))
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))

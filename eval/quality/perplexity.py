@@ -15,12 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
+from blockffn.eval.journal import Journal, fingerprint, text_fingerprint
 from blockffn.eval.quality import metrics
 
 if TYPE_CHECKING:
@@ -78,23 +80,30 @@ class TorchReference:
         """Return the number of tokens."""
         return int(self._model.config.n_vocab)
 
-    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Return the logits after every token, float32 [n_tokens, n_vocab]."""
-        found: npt.NDArray[np.float32] = self._model.forward(tokens).logits.numpy()
-        return found
+    def logit_rows(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield the logits after the tokens from `first` on, all at once: (first, float32 [rows, n_vocab])."""
+        yield first, self._model.forward(tokens).logits.numpy()[first:]
 
 
-def perplexity(llm: Llama, tokens: Sequence[int], n_ctx: int = 512, progress: Progress | None = None) -> Perplexity:
-    """Return the perplexity of `llm` on a text. Errors: BlockffnError for a text shorter than one window."""
-    scores: list[npt.NDArray[np.float64]] = []
+def perplexity(
+    llm: Llama,
+    tokens: Sequence[int],
+    n_ctx: int = 512,
+    progress: Progress | None = None,
+    output: str | PathLike[str] | None = None,
+) -> Perplexity:
+    """Return the perplexity of `llm` on a text. output: a file that takes each window, with which a run goes on.
+
+    Errors: BlockffnError for a text shorter than one window, for the file of another run and for a full disk.
+    """
     windows = list(_windows(llm, tokens, n_ctx))
-    for done, window in enumerate(windows, 1):
-        logits, targets = _scored(llm, window)
-        scores.append(metrics.log_likelihood(logits, targets))
-        if progress is not None:
-            progress(done, len(windows), math.exp(-float(np.concatenate(scores).mean())))
-    value, error = _perplexity(np.concatenate(scores))
-    return Perplexity(value, error, sum(map(len, scores)), len(windows), n_ctx)
+    with Journal(output, _settings("ppl", llm, tokens, n_ctx) if output else {}) as journal:
+        for window in _missing(journal, windows, "scores", progress, lambda mean: math.exp(-mean)):
+            pieces = [metrics.log_likelihood(logits, targets) for logits, targets in _scored(llm, window)]
+            journal.add({"scores": np.concatenate(pieces).tolist()})
+        scores = _values(journal, "scores")
+    value, error = _perplexity(scores)
+    return Perplexity(value, error, len(scores), len(windows), n_ctx)
 
 
 def divergence(
@@ -103,41 +112,90 @@ def divergence(
     tokens: Sequence[int],
     n_ctx: int = 512,
     progress: Progress | None = None,
+    output: str | PathLike[str] | None = None,
 ) -> Divergence:
     """Return how far `llm` is from `reference` on a text; both evaluate one window, then the next.
 
-    Errors: BlockffnError for a text shorter than one window and for two vocabularies.
+    output: as for `perplexity`. Errors: BlockffnError as there, and for two vocabularies.
     """
     if llm.n_vocab() != reference.n_vocab():
         raise BlockffnError(
             f"{llm.model_path}: expected a vocabulary of {reference.n_vocab()} as in {reference.model_path}, "
             f"found {llm.n_vocab()}; compare models of one tokenizer"
         )
-    kl, same, own, theirs = [], [], [], []
     windows = list(_windows(llm, tokens, n_ctx))
-    for done, window in enumerate(windows, 1):
-        found, targets = _scored(llm, window)
-        expected, _ = _scored(reference, window)
-        kl.append(metrics.kl_divergence(found, expected))
-        same.append(metrics.top1_agreement(found, expected))
-        own.append(metrics.log_likelihood(found, targets))
-        theirs.append(metrics.log_likelihood(expected, targets))
-        if progress is not None:
-            progress(done, len(windows), float(np.concatenate(kl).mean()))
-    values = np.concatenate(kl)
+    settings = _settings("kld", llm, tokens, n_ctx) | {"reference": _named(reference.model_path)} if output else {}
+    with Journal(output, settings) as journal:
+        for window in _missing(journal, windows, "kl", progress, lambda mean: mean):
+            journal.add(_compared(llm, reference, window))
+        kl, same = _values(journal, "kl"), _values(journal, "same")
+        own, theirs = _values(journal, "scores"), _values(journal, "reference_scores")
     return Divergence(
-        mean=float(values.mean()),
-        error=_standard_error(values),
-        median=float(np.median(values)),
-        percentile_99=float(np.percentile(values, 99)),
-        largest=float(values.max()),
+        mean=float(kl.mean()),
+        error=_standard_error(kl),
+        median=float(np.median(kl)),
+        percentile_99=float(np.percentile(kl, 99)),
+        largest=float(kl.max()),
         top1=float(np.mean(same)),
-        perplexity=_perplexity(np.concatenate(own))[0],
-        reference_perplexity=_perplexity(np.concatenate(theirs))[0],
-        n_scored=len(values),
+        perplexity=_perplexity(own)[0],
+        reference_perplexity=_perplexity(theirs)[0],
+        n_scored=len(kl),
         n_windows=len(windows),
         n_ctx=n_ctx,
     )
+
+
+def _compared(llm: Llama, reference: Llama | TorchReference, window: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Return the divergence and both log-likelihoods of every scored token of a window."""
+    expected = np.concatenate([logits.copy() for logits, _ in _scored(reference, window)])  # [n_ctx / 2 - 1, n_vocab]
+    parts: dict[str, list[Any]] = {"kl": [], "same": [], "scores": [], "reference_scores": []}
+    done = 0
+    for found, targets in _scored(llm, window):
+        wanted = expected[done : done + len(found)]
+        parts["kl"] += metrics.kl_divergence(found, wanted).tolist()
+        parts["same"] += (found.argmax(axis=-1) == wanted.argmax(axis=-1)).tolist()
+        parts["scores"] += metrics.log_likelihood(found, targets).tolist()
+        parts["reference_scores"] += metrics.log_likelihood(wanted, targets).tolist()
+        done += len(found)
+    return parts
+
+
+def _settings(measure: str, llm: Llama, tokens: Sequence[int], n_ctx: int) -> dict[str, Any]:
+    """Return what has to be the same for a run to go on."""
+    params = llm.context_params
+    cache = None if llm.default_cache else [int(params.type_k), int(params.type_v)]
+    return {
+        "measure": measure, "model": _named(llm.model_path), "text": text_fingerprint(tokens), "window": n_ctx,
+        "ffn": llm.ffn, "cache": cache, "threads": int(llm.n_threads),
+    }  # fmt: skip
+
+
+def _named(path: str) -> str:
+    """Return what tells one model file, or one checkpoint folder, from another."""
+    files = sorted(file for file in Path(path).iterdir() if file.is_file()) if Path(path).is_dir() else [path]
+    return "; ".join(map(fingerprint, files))
+
+
+def _missing(
+    journal: Journal,
+    windows: Sequence[npt.NDArray[np.int32]],
+    key: str,
+    progress: Progress | None,
+    figure: Callable[[float], float],
+) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield the windows that the journal lacks; tell of the mean of `key` after each."""
+    total = count = 0.0
+    for done, window in enumerate(windows, 1):
+        if len(journal.records) < done:
+            yield window  # whoever asks adds its record
+        values = journal.records[done - 1][key]
+        total, count = total + sum(values), count + len(values)
+        if progress is not None and len(journal.records) == done:
+            progress(done, len(windows), figure(total / count))
+
+
+def _values(journal: Journal, key: str) -> npt.NDArray[np.float64]:
+    return np.asarray([value for record in journal.records for value in record[key]], np.float64)
 
 
 def _windows(llm: Llama, tokens: Sequence[int], n_ctx: int) -> Iterator[npt.NDArray[np.int32]]:
@@ -163,10 +221,14 @@ def _first_token(llm: Llama) -> int:
 
 def _scored(
     llm: Llama | TorchReference, window: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Return the logits [n_ctx / 2 - 1, n_vocab] of the second half of a window and the tokens that follow them."""
-    first = len(window) // 2
-    return llm.logits(window.tolist())[first:-1], window[first + 1 :]
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]]:
+    """Yield the logits [rows, n_vocab] of the second half of a window and the tokens that follow, batch by batch.
+
+    They are n_ctx / 2 - 1 rows in all, each valid until the next ones.
+    """
+    for start, rows in llm.logit_rows(window.tolist(), len(window) // 2):
+        targets = window[start + 1 : start + 1 + len(rows)]
+        yield rows[: len(targets)], targets
 
 
 def _perplexity(scores: npt.NDArray[np.float64]) -> tuple[float, float]:

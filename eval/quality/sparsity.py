@@ -13,14 +13,18 @@ TLS and CLS_c (BlockFFN arXiv 2507.08771, section 3.2) are those of blockffn.spa
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from blockffn.errors import BlockffnError
+from blockffn.eval.journal import Journal, fingerprint, text_fingerprint
 from blockffn.eval.quality.consistency import Consistency, consistency
 from blockffn.sparsity import CHUNKS, Sparsity, of_activity
 
@@ -65,21 +69,49 @@ def sparsity(llm: Llama, tokens: Sequence[int], chunks: Sequence[int] = CHUNKS) 
     return of_activity(llm.active_experts(tokens), chunks)
 
 
-def profile(llm: Llama, tokens: Sequence[int], window: int = 512, progress: Progress | None = None) -> Profile:
+def profile(
+    llm: Llama,
+    tokens: Sequence[int],
+    window: int = 512,
+    progress: Progress | None = None,
+    output: str | PathLike[str] | None = None,
+) -> Profile:
     """Evaluate a text in windows and return its profile; an incomplete last window is dropped, a short text is one.
 
-    Memory: one byte for each token, layer and expert, beside one window of logits. Errors: as `sparsity`.
+    output: a file that takes the choices of each window, with which a run goes on after an interruption. Memory: one
+    byte for each token, layer and expert, beside one batch of logits. Errors: as `sparsity`, and BlockffnError for the
+    file of another run and for a full disk.
     """
     if len(tokens) == 0:
         raise BlockffnError("sparsity: expected a text of at least one token, found none")
     window = min(window, len(tokens))
     starts = range(0, len(tokens) - window + 1, window)
-    active = np.zeros((llm.n_moe_layers, len(starts) * window, llm.n_experts), np.bool_)
-    for done, start in enumerate(starts, 1):
-        active[:, start : start + window] = llm.active_experts(tokens[start : start + window])
-        if progress is not None:
-            progress(done, len(starts), 1.0 - float(active[:, : start + window].mean()))
+    shape = (llm.n_moe_layers, window, llm.n_experts)
+    active = np.zeros((shape[0], len(starts) * window, shape[2]), np.bool_)
+    with Journal(output, _settings(llm, tokens, window) if output else {}) as journal:
+        for done, start in enumerate(starts, 1):
+            if len(journal.records) < done:
+                journal.add({"active": _packed(llm.active_experts(tokens[start : start + window]))})
+            active[:, start : start + window] = _unpacked(journal.records[done - 1]["active"], shape)
+            if progress is not None and len(journal.records) == done:
+                progress(done, len(starts), 1.0 - float(active[:, : start + window].mean()))
     return profile_of(active, window)
+
+
+def _settings(llm: Llama, tokens: Sequence[int], window: int) -> dict[str, Any]:
+    """Return what has to be the same for a run to go on."""
+    text, model = text_fingerprint(tokens), fingerprint(llm.model_path)
+    return {"measure": "sparsity", "model": model, "text": text, "window": window, "ffn": llm.ffn}
+
+
+def _packed(active: npt.NDArray[np.bool_]) -> str:
+    """Return choices as text: one bit each, compressed."""
+    return base64.b64encode(zlib.compress(np.packbits(active).tobytes())).decode()
+
+
+def _unpacked(text: str, shape: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    return np.unpackbits(bits, count=int(np.prod(shape))).astype(np.bool_).reshape(shape)
 
 
 def profile_of(active: npt.NDArray[np.bool_], window: int = 0) -> Profile:
