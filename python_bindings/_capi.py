@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # name: (result, arguments)
     "blockffn_n_moe_layers": (ctypes.c_int32, [ctypes.c_void_p]),
     "blockffn_n_experts": (ctypes.c_int32, [ctypes.c_void_p]),
+    "blockffn_has_relu_router": (ctypes.c_bool, [ctypes.c_void_p]),
     "blockffn_stats_enable": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "blockffn_active_experts": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, _uint8_p]),
     "blockffn_stats": (None, [ctypes.c_void_p, _int64_p, _int64_p, _int64_p, _int64_p]),

@@ -437,8 +437,13 @@ class Llama(llama_cpp.Llama):
 
     @property
     def n_moe_layers(self) -> int:
-        """Number of layers with routed experts (0 for a dense twin or another architecture)."""
+        """Number of layers with routed experts, of any architecture (0 for a dense model)."""
         return int(_capi.function("blockffn_n_moe_layers")(self.model))
+
+    @property
+    def has_relu_router(self) -> bool:
+        """Whether its experts are routed by ReLU: only these models have a dial."""
+        return bool(_capi.function("blockffn_has_relu_router")(self.model))
 
     @property
     def n_experts(self) -> int:

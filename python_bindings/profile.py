@@ -51,7 +51,7 @@ def write_profile(path: str | Path, profile: Mapping[str, Any]) -> None:
     if len(file.paths) > 1:
         raise BlockffnError(f"{path}: a model in several files; merge it with llama-gguf-split --merge first")
     if not expert_tensors(file):
-        raise BlockffnError(f"{path}: no layer of this model has ReLU-routed experts: nothing to store")
+        raise BlockffnError(f"{path}: no layer of this model has routed experts: nothing to store")
     union = {int(n): float(value) for n, value in profile["union"].items()}
     arch = file.architecture
     keys: dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]] = {

@@ -166,6 +166,6 @@ def test_the_prior_ends_with_the_first_measurement() -> None:
 
 
 def test_refuses_models_without_experts(stock_model: Path) -> None:
-    with pytest.raises(BlockffnError, match="no layer of this model has ReLU-routed experts"):
+    with pytest.raises(BlockffnError, match="no layer of this model has routed experts"):
         write_profile(stock_model, {"tokens": 1, "tls": 0.5, "union": {1: 1.0}})
     assert not list(stock_model.parent.glob(".*.tmp"))

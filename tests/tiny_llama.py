@@ -29,10 +29,12 @@ def write_llama(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     vocab_edit: dict[int, bytes] | None = None,
     n_vocab: int = N_VOCAB,
+    experts: tuple[int, int] | None = None,
 ) -> Path:
     """Write one model file; `kind` is the type of the matrices; `vocab_edit` replaces token texts.
 
-    Tokens beyond N_VOCAB are words that no text of the tests holds.
+    Tokens beyond N_VOCAB are words that no text of the tests holds. experts: how many every layer has (a mixture as
+    Mixtral's), and how many of them a token takes.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -45,6 +47,9 @@ def write_llama(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_embd // n_head)
     writer.add_vocab_size(n_vocab)
+    if experts:
+        writer.add_expert_count(experts[0])
+        writer.add_expert_used_count(experts[1])
     add_vocabulary(writer, vocab_edit or {}, n_vocab)
     head = n_embd // n_head
 
@@ -63,9 +68,12 @@ def write_llama(
         add(f"blk.{i}.attn_k.weight", n_head_kv * head, n_embd, gain=2.0)
         add(f"blk.{i}.attn_v.weight", n_head_kv * head, n_embd)
         add(f"blk.{i}.attn_output.weight", n_embd, n_embd)
-        add(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
-        add(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
-        add(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
+        suffix, of_each = ("_exps", (experts[0],)) if experts else ("", ())
+        if experts:
+            add(f"blk.{i}.ffn_gate_inp.weight", experts[0], n_embd)
+        add(f"blk.{i}.ffn_gate{suffix}.weight", *of_each, n_ff, n_embd)
+        add(f"blk.{i}.ffn_up{suffix}.weight", *of_each, n_ff, n_embd)
+        add(f"blk.{i}.ffn_down{suffix}.weight", *of_each, n_embd, n_ff)
     writer.add_tensor("output_norm.weight", np.ones(n_embd, dtype=np.float32))
     add("output.weight", n_vocab, n_embd, gain=3.0 * scale)
     writer.write_header_to_file()

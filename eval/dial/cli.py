@@ -97,7 +97,7 @@ def _model(args: argparse.Namespace) -> tuple[str, bytes | list[int], bool]:
 
 
 def _points(args: argparse.Namespace, llm: Any) -> list[Point]:
-    if not llm.n_moe_layers:
+    if not llm.has_relu_router:
         raise BlockffnError(f"{llm.model_path}: no layer of this model has ReLU-routed experts: there is no dial")
     thresholds = _values("--thresholds", args.thresholds, float, THRESHOLDS)
     return points(thresholds, _values("--budgets", args.budgets, int, default_budgets(llm.n_experts)))

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 static bool has_router(const llama_context * ctx, const char * caller) {
-    if (blockffn_n_moe_layers(&ctx->get_model()) > 0) {
+    if (blockffn_has_relu_router(&ctx->get_model())) {
         return true;
     }
     LLAMA_LOG_ERROR("%s: no layer of this model has ReLU-routed experts\n", caller);
@@ -29,7 +29,7 @@ bool blockffn_set_router_threshold(llama_context * ctx, float threshold) {
 
 float blockffn_router_threshold(const llama_context * ctx) {
     const float set = ctx->get_cparams().router_threshold;
-    if (set >= 0.0f || blockffn_n_moe_layers(&ctx->get_model()) == 0) {
+    if (set >= 0.0f || !blockffn_has_relu_router(&ctx->get_model())) {
         return std::max(set, 0.0f);
     }
     return static_cast<const llama_model_blockffn &>(ctx->get_model()).blockffn.router_threshold;

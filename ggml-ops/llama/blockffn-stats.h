@@ -1,8 +1,9 @@
 #pragma once
 
 // Which experts the last batch activated, and how large their union was: the C API, and the collector inside
-// llama_context. "Active" is what the router op said: a nonzero score. Off unless asked for: collecting waits for every
-// evaluation to end, and keeps the scores of all layers until then.
+// llama_context. "Active" is what the router said: a nonzero score of the router op, or an expert that a stock MoE graph
+// selects for mul_mat_id. Off unless asked for: collecting waits for every evaluation to end, and keeps the scores of all
+// layers until then.
 
 #include "llama.h"
 
@@ -10,9 +11,12 @@
 extern "C" {
 #endif
 
-// layers with routed experts, and routed experts per layer; both 0 for a dense model
+// layers with routed experts, and routed experts per layer; both 0 for a dense model. Of any architecture.
 LLAMA_API int32_t blockffn_n_moe_layers(const struct llama_model * model);
 LLAMA_API int32_t blockffn_n_experts(const struct llama_model * model);
+
+// whether its experts are routed by the router op: what the dial turns
+LLAMA_API bool blockffn_has_relu_router(const struct llama_model * model);
 
 // Switch collecting on or off, from the next llama_decode on. The sums below stay; what the last batch activated is
 // forgotten.
@@ -40,8 +44,13 @@ LLAMA_API void blockffn_stats_reset(struct llama_context * ctx);
 #    include <cstdint>
 #    include <vector>
 
+struct ggml_tensor;
 struct llama_ubatch;
 class llm_graph_result;
+
+// Keep the choice of a stock MoE layer, I32 [n_expert_used, n_rows], until it is collected; of a layer that chooses twice,
+// the first one.
+void blockffn_keep_selected(llm_graph_result & res, ggml_tensor * selected);
 
 struct blockffn_layer_stats {
     int64_t n_evals = 0;
@@ -55,8 +64,8 @@ class blockffn_stats_collector {
     // forget the experts of the batch before
     void begin(int64_t n_tokens);
 
-    // read the scores of one evaluated micro-batch
-    void collect(const llm_graph_result & res, const llama_ubatch & ubatch);
+    // read the choices of one evaluated micro-batch; n_expert: of a layer of the model
+    void collect(const llm_graph_result & res, const llama_ubatch & ubatch, int64_t n_expert);
 
     void reset();
 
@@ -71,16 +80,15 @@ class blockffn_stats_collector {
         std::vector<uint8_t> rows;    // [n_rows, n_expert]
     };
 
-    void collect_layer(size_t               i_layer,
-                       const float *        scores,
-                       int64_t              n_expert,
-                       int64_t              n_rows,
-                       const llama_ubatch & ubatch);
+    // append a row of flags for every token that the layer computed; returns the first
+    uint8_t * add_rows(size_t i_layer, int64_t n_expert, int64_t n_rows, const llama_ubatch & ubatch);
+
+    void count(size_t i_layer, const uint8_t * rows, int64_t n_expert, int64_t n_rows);
 
     int64_t                           n_batch = 0;
     std::vector<layer_rows>           last;
     std::vector<blockffn_layer_stats> sums;
-    std::vector<float>                staging;
+    std::vector<uint8_t>              staging;
     std::vector<uint8_t>              seen;
 };
 #endif
