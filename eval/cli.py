@@ -6,6 +6,7 @@ $ blockffn eval sparsity -m model.gguf -f text.txt
 $ blockffn eval equal -m model.gguf -f text.txt --draft ngram --exact --tokens 100000
 $ blockffn eval parity -m model.gguf --checkpoint folder
 $ blockffn eval spec-bench -m model.gguf --questions question.jsonl --output answers.jsonl
+$ blockffn eval types model-F16.gguf -f text.txt --plot types
 $ blockffn eval dial -m model.gguf -f text.txt --plot dial
 
 Each measure is a module, imported when it is called for.
@@ -26,6 +27,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "parity": ("blockffn.eval.commands.parity", "logits, router and greedy text against the checkpoint in torch"),
     "lm-eval": ("blockffn.eval.harness.cli", "the command line of lm_eval, with our models among its models"),
     "spec-bench": ("blockffn.eval.spec_bench.cli", "Spec-Bench or SPEED-Bench: plain and speculative answers, speeds"),
+    "types": ("blockffn.eval.types.cli", "quantization types: bits per weight, quality, speed, in one table"),
     "dial": ("blockffn.eval.dial.cli", "quality against speed for router thresholds and union budgets"),
 }
 

@@ -59,6 +59,26 @@ TYPES = {
     "IQ1_S": "IQ1_S",
     "MXFP4_MOE": "MXFP4",
 }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file type with other types for some tensors."""
+
+    base: str  # file type of llama-quantize
+    rules: tuple[tuple[str, str], ...]  # (pattern of tensor names, tensor type); the first that matches counts
+    about: str
+
+
+PRESETS: dict[str, Preset] = {
+    "BALANCED": Preset(
+        "IQ4_NL", (("attn", "Q8_0"),), "IQ4_NL, attention in Q8_0: half the divergence of Q4_K_M in about the same size"
+    ),
+}
+# Tensor types whose products of several tokens have kernels of ours, on x86 and on ARM (docs/kernels.md); with any
+# other type, n tokens cost about n times one.
+TILED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+TILED_X86 = ("F32", "F16", "BF16")  # on x86 alone
 _ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -96,7 +116,16 @@ class Plan:
     @property
     def nominal_bits(self) -> float:
         """Bits per weight of the type itself, scales included: what its name promises."""
-        return bits(TYPES[self.type])
+        return bits(_tensor_type(self.type))
+
+    @property
+    def untiled(self) -> dict[str, int]:
+        """Tensor types without a fast kernel for several tokens -> weights in them; matrices alone."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            if len(tensor.source.shape) > 1 and tensor.type not in TILED + TILED_X86:
+                found[tensor.type] = found.get(tensor.type, 0) + tensor.source.n_elements
+        return found
 
     @property
     def bits_without_fallbacks(self) -> float:
@@ -120,13 +149,44 @@ def bits(kind: str) -> float:
 
 
 def canonical_type(name: str) -> str:
-    """Return the file type in llama-quantize's spelling; an unknown one is an error that lists the known ones."""
+    """Return the file type in llama-quantize's spelling, or the preset; an unknown one is an error that lists all."""
     upper = _ALIASES.get(name.upper(), name.upper())
-    if upper in TYPES:
+    known = [*TYPES, *PRESETS]
+    if upper in known:
         return upper
-    near = difflib.get_close_matches(upper, TYPES, n=1)
+    near = difflib.get_close_matches(upper, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise BlockffnError(f"unknown type {name!r}: {hint}known: {', '.join(TYPES)}")
+    raise BlockffnError(f"unknown type {name!r}: {hint}known: {', '.join(known)}")
+
+
+def main_type(path: str | Path) -> str:
+    """Return the type of most weights of an unquantized file: F32, F16 or BF16. Errors: BlockffnError for others."""
+    found = _most_weights(path)
+    if found not in _FLOATS:
+        raise BlockffnError(f"{path}: most weights are {found} already: give the F32, F16 or BF16 file")
+    return found
+
+
+def is_unquantized(path: str | Path) -> bool:
+    """Return whether most weights of a file are F32, F16 or BF16."""
+    return _most_weights(path) in _FLOATS
+
+
+def _most_weights(path: str | Path) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in read_gguf(path).tensors:
+        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.n_elements
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def _base(kind: str) -> str:
+    """Return the file type of llama-quantize."""
+    return PRESETS[kind].base if kind in PRESETS else kind
+
+
+def _tensor_type(kind: str) -> str:
+    """Return the type of most tensors."""
+    return TYPES[_base(kind)]
 
 
 def plan(source: str | Path, kind: str, imatrix: str | Path | None = None) -> Plan:
@@ -136,7 +196,7 @@ def plan(source: str | Path, kind: str, imatrix: str | Path | None = None) -> Pl
     becomes: dict[str, str] = {}
     wanted: dict[str, str] = {}
     needs_imatrix = False
-    for line in _run([*_options(imatrix), "--dry-run", str(source), kind], str(source)):
+    for line in _run([*_options(kind, imatrix), "--dry-run", str(source), _base(kind)], str(source)):
         if match := _FALLBACK.match(line):
             wanted[match[1]] = match[2].upper()
         elif match := _TENSOR.match(line):
@@ -154,7 +214,7 @@ def plan(source: str | Path, kind: str, imatrix: str | Path | None = None) -> Pl
 
 def _silent_fallback(tensor: TensorInfo, kind: str, becomes: str) -> str:
     """Return the wanted type of a tensor without a warning: only the head falls back (to Q8_0) without saying so."""
-    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[TYPES[kind]]]
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[_tensor_type(kind)]]
     head = tensor.name in ("output.weight", "token_embd.weight")
     return "Q6_K" if head and becomes == "Q8_0" and block > 32 and tensor.shape[0] % block else becomes
 
@@ -184,7 +244,7 @@ def quantize(
         announce(steps)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        arguments = [*_options(imatrix), str(source), str(temporary), kind, str(physical_cores())]
+        arguments = [*_options(kind, imatrix), str(source), str(temporary), _base(kind), str(physical_cores())]
         for line in _run(arguments, str(source)):
             if progress is not None and (match := _TENSOR.match(line)):
                 progress(int(match[1]), int(match[2]), match[3])
@@ -213,8 +273,11 @@ def _check_sources(source: str | Path, steps: Plan) -> None:
             )
 
 
-def _options(imatrix: str | Path | None) -> list[str]:
-    return [] if imatrix is None else ["--imatrix", str(imatrix)]
+def _options(kind: str, imatrix: str | Path | None) -> list[str]:
+    options = [] if imatrix is None else ["--imatrix", str(imatrix)]
+    for pattern, tensor_type in PRESETS[kind].rules if kind in PRESETS else ():
+        options += ["--tensor-type", f"{pattern}={tensor_type.lower()}"]
+    return options
 
 
 def _run(arguments: list[str], source: str) -> Iterator[str]:

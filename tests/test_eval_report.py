@@ -22,7 +22,7 @@ from blockffn.eval.report import run as report_run
 from blockffn.eval.report.sections import SIZES, Subject, sections
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SUBJECT = Subject("model.gguf", "dense.gguf", "text.py", 512, "parts")
+SUBJECT = Subject("model.gguf", "dense.gguf", "text.py", 512, "parts", "model.gguf")
 FFNS = ("union", "dense")
 WHERE = {"cpu": "a CPU <quoted>", "past": 128, "threads": 2}
 DIAL = {"kld_mean": 0.01, "perplexity": 3.2, "decode_tokens_per_second": 50.0, "verify8_tokens_per_second": 90.0}
@@ -41,6 +41,8 @@ def fake_rows(words: list[str]) -> list[dict[str, Any]]:
     if words[:2] == ["bench", "load"]:
         stages = {"import_seconds": 0.2, "load_seconds": 0.1, "first_token_seconds": 0.01, "file_size_mb": 900.0}
         return [model | stages]
+    if words[:2] == ["eval", "types"]:
+        return [DIAL | {"type": kind, "bits_per_weight": b} for kind, b in (("Q8_0", 8.5), ("Q4_0", 5.0))]
     if words[:2] == ["eval", "dial"]:
         return [DIAL | {"threshold": t, "budget": b, "union8": 9.0} for t, b in ((0.0, 0), (0.1, 0), (0.0, 8))]
     if "--ops" in words:
@@ -65,8 +67,6 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             return subprocess.CompletedProcess(command, 0, "", "")  # git
         words = command[3:]
         called.append(words)
-        if words[:2] == ["eval", "types"]:
-            return subprocess.CompletedProcess(command, 2, "", "invalid choice: types")
         past = int(words[words.index("--past") + 1].split(",")[0]) if "--past" in words else 128
         found = {"environment": WHERE | {"past": past}, "rows": fake_rows(words)}
         return subprocess.CompletedProcess(command, 0, "some table\n" + json.dumps(found) + "\n", "")
@@ -85,9 +85,10 @@ def write(target: Path, *arguments: str) -> int:
 
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> None:
-    from blockffn import _capi
+    from blockffn import _capi, quantize
 
     monkeypatch.setattr(_capi, "read_header", lambda _path: _capi.Header("blockffn", 512))
+    monkeypatch.setattr(quantize, "is_unquantized", lambda _path: True)
 
 
 class Checker(HTMLParser):
@@ -124,20 +125,19 @@ class Checker(HTMLParser):
 def test_page(size: str, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "report.html"
     assert write(target, "--size", size) == 0
-    assert "Types: left out, this version has no such command" in capsys.readouterr().err
+    assert "left out" not in capsys.readouterr().err
     text = target.read_text(encoding="utf-8")
     checker = Checker()
     checker.feed(text)
     assert not checker.open and len(checker.ids) == len(set(checker.ids))
-    names = [section.name for section in sections(size, SUBJECT) if section.name != "types"]
-    assert {"ops", "step", "speculation", "dial", "peers", "load"} < set(names)
+    names = [section.name for section in sections(size, SUBJECT)]
+    assert {"ops", "step", "speculation", "types", "dial", "peers", "load"} < set(names)
     assert all(name in checker.ids for name in names)
     assert all(link == "data:," or link[1:] in checker.ids for link in checker.links)  # nothing outside the page
     assert "<script" not in text and "@import" not in text and "url(http" not in text
     for words in commands:
-        if words[:2] != ["eval", "types"]:
-            assert "$ blockffn " + words[0] in text
-    assert text.count("raw JSON") == len(commands) - 1
+        assert "$ blockffn " + words[0] in text
+    assert text.count("raw JSON") == len(commands)
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == len(names)
     assert "&lt;it&gt; &amp; broke" in text and "<it>" not in text
@@ -164,8 +164,25 @@ def test_an_interrupted_report_goes_on(
     before = len(commands)
     monkeypatch.setattr(report_run.subprocess, "run", whole)
     assert write(target) == 0  # only what failed, or was not there, is run again
-    assert [words[:2] for words in commands[before:]] == [["eval", "types"], ["eval", "dial"], ["bench", "load"]]
+    assert [words[:2] for words in commands[before:]] == [["eval", "dial"], ["bench", "load"]]
     assert "error" not in re.sub(r"kld_error", "", target.read_text())
+
+
+@pytest.mark.usefixtures("context", "commands")
+def test_a_command_that_this_version_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = report_run.subprocess.run
+
+    def older(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[3:5] == ["eval", "types"]:
+            return subprocess.CompletedProcess(command, 2, "", "invalid choice: types")
+        return whole(command, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(report_run.subprocess, "run", older)
+    assert write(tmp_path / "report.html") == 0
+    assert "Types: left out, this version has no such command" in capsys.readouterr().err
+    assert 'id="types"' not in (tmp_path / "report.html").read_text()
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,14 +199,18 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands_are_ours() -> None:
     """Each command of each size parses, so that none is left out by a wrong option of ours."""
     modules = {"bench": bench_cli, "eval": eval_cli}
-    later = {"types"}  # sections whose commands other versions lack
     for size in SIZES:
         for section in sections(size, SUBJECT):
             for words in section.words.values():
-                if section.name not in later:
-                    parser = argparse.ArgumentParser(prog=words[0])
-                    modules[words[0]].add_arguments(parser)
-                    parser.parse_args(words[1:])
+                parser = argparse.ArgumentParser(prog=words[0])
+                modules[words[0]].add_arguments(parser)
+                parser.parse_args(words[1:])
+
+
+def test_types_need_unquantized_weights() -> None:
+    """A quantized model has no such section: there is nothing to compare its types with."""
+    quantized = Subject("model.gguf", None, "text.py", 512, "parts")
+    assert "types" not in [section.name for section in sections("quick", quantized)]
 
 
 def console(page: Path, profile: Path) -> tuple[list[str], str]:
@@ -209,7 +230,7 @@ def test_browser_finds_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     messages, document = console(tmp_path / "report.html", tmp_path / "profile")
     assert messages == []
-    assert document.count("<svg") == 7 and document.count("<table") > 7
+    assert document.count("<svg") == 8 and document.count("<table") > 7
     broken = tmp_path / "broken.html"
     broken.write_text("<p>text</p><script>undefined_function()</script>")
     assert console(broken, tmp_path / "profile")[0]  # it would have seen one

@@ -11,10 +11,11 @@ from conftest import Runner
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from blockffn import BlockffnError
+from blockffn.cli import main
 from blockffn.commands.quantize import ranges
 from blockffn.gguf_file import read_gguf
 from blockffn.inspection import bits_per_weight
-from blockffn.quantize import TYPES, Plan, bits, canonical_type, plan, quantize
+from blockffn.quantize import PRESETS, TILED, TYPES, Plan, Preset, bits, canonical_type, plan, quantize
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,49 @@ def test_layers_in_short_form(numbers: list[int], text: str) -> None:
 def test_every_type_is_known_to_llama_quantize(stock_model: Path) -> None:
     for kind in TYPES:
         assert plan(stock_model, kind).bits_per_weight > 0
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("model", ["wide_model", "blockffn_model"])
+def test_presets_are_what_happens(model: str, name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every matrix has a type with a fast kernel, and the file is what the plan says."""
+    source, target = request.getfixturevalue(model), tmp_path / "out.gguf"
+    steps = quantize(source, target, name.lower())
+    assert steps.type == name and not steps.untiled
+    assert {t.name: t.type for t in read_gguf(target).tensors} == {t.source.name: t.type for t in steps.tensors}
+
+
+def test_rules_of_a_preset_choose_tensors(stock_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "OURS", Preset("Q8_0", (("ffn_down", "Q4_1"), ("ffn", "Q5_0")), "a test"))
+    types = {tensor.source.name: tensor.type for tensor in plan(stock_model, "ours").tensors}
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("Q4_1", "Q5_0")
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+
+
+def test_fast_types_are_those_of_the_kernels() -> None:
+    """Each type with a `case` in the tables of the tile kernels, and no other."""
+    cpu = Path(__file__).resolve().parent.parent / "ggml-ops" / "cpu"
+    found = {
+        kind
+        for name in ("tile-blocks-32.cpp", "tile-blocks-256.cpp")
+        for kind in re.findall(r"case GGML_TYPE_(\w+):", (cpu / name).read_text())
+    }
+    assert found == set(TILED)
+
+
+def test_slow_types_are_named(stock_model: Path, wide_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(plan(wide_model, "Q3_K_M").untiled) == {"Q3_K"} and not plan(stock_model, "Q4_0").untiled
+    assert main(["quantize", str(wide_model), "none.gguf", "Q3_K_M", "--dry-run"]) == 0
+    assert re.search(r"note: Q3_K \(\d+% of the weights\) has no fast kernel", capsys.readouterr().out)
+
+
+def test_list_of_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["quantize", "--list-types"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in output for name in [*TYPES, *PRESETS])
+    assert re.search(r"^Q4_K_M +4\.50 +on x86 and ARM$", output, re.MULTILINE)
+    assert re.search(r"^Q2_K .*nowhere$", output, re.MULTILINE)
 
 
 def failing(source: Path, target: Path, kind: str = "Q8_0", **options: object) -> str:

@@ -48,6 +48,12 @@ class Worker:
         self.kept = 0  # leading tokens of the text that are in the cache
         self.calls: dict[tuple[str, float | None], int] = {}  # of `generate`, by plan and probability
 
+    def set_text(self, text: str) -> None:
+        """Take another text, from its beginning."""
+        tokens = self.llm.tokenize(text.encode(), add_bos=True)
+        self.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), len(self.text)))
+        self.at, self.kept = self.past, 0
+
     def prefill(self, n: int) -> list[float]:
         """Evaluate `n` tokens from an empty cache, in batches of 512, logits for the last one: [seconds]."""
         self.target.truncate(0)
@@ -166,8 +172,7 @@ def main() -> int:
         first = json.loads(sys.stdin.readline())
         worker = Worker(args, first.get("tokens") or [0], "tokens" in first)
         if "text" in first:
-            tokens = worker.llm.tokenize(first["text"].encode(), add_bos=True)
-            worker.text = np.resize(np.asarray(tokens, np.int32), max(len(tokens), len(worker.text)))
+            worker.set_text(first["text"])
         print(json.dumps({"ready": True, "vocab": worker.llm.n_vocab()}), flush=True)
         for line in sys.stdin:
             print(json.dumps(worker.answer(json.loads(line))), flush=True)

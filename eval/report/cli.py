@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace, parts: Path) -> Subject:
     from blockffn import _capi
+    from blockffn.quantize import is_unquantized
 
     if not args.file:
         raise BlockffnError("--file: expected the text to run through the model of -m")
@@ -65,7 +66,8 @@ def _given(args: argparse.Namespace, parts: Path) -> Subject:
             raise BlockffnError(f"{path}: no such file")
     n_ctx = _capi.read_header(args.model).context_length or 512
     dense = str(Path(args.dense).resolve()) if args.dense else None
-    return Subject(str(Path(args.model).resolve()), dense, str(Path(args.file).resolve()), n_ctx, str(parts.resolve()))
+    model, text = str(Path(args.model).resolve()), str(Path(args.file).resolve())
+    return Subject(model, dense, text, n_ctx, str(parts.resolve()), model if is_unquantized(model) else None)
 
 
 def _example(parts: Path) -> Subject:
@@ -84,9 +86,9 @@ def _example(parts: Path) -> Subject:
             plain = parts / f"{EXAMPLE}{suffix}-F16.gguf"
             convert_checkpoint(source, plain, outtype="f16", layout=layout)
             quantize(plain, made[layout], canonical_type("Q4_0"))
-            plain.unlink()
     text: Any = argparse.__file__  # code that the model did not see: a module of the standard library
-    return Subject(str(made["expert"].resolve()), str(made["dense"].resolve()), str(text), 1024, str(parts.resolve()))
+    files = [str(path.resolve()) for path in (made["expert"], made["dense"], parts / f"{EXAMPLE}-F16.gguf", parts)]
+    return Subject(files[0], files[1], str(text), 1024, files[3], files[2])
 
 
 def _write(target: Path, text: str) -> None:

@@ -52,6 +52,21 @@ def lines(curves: Sequence[Lines], x_label: str, y_label: str, name: str, logari
     return drawing(draw, name)
 
 
+def points(labels: Sequence[str], x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, name: str) -> str:
+    """Draw points with their names beside them, y logarithmic."""
+
+    def draw(axis: Any) -> None:
+        axis.plot(x, y, "o", color=COLORS["union"], markersize=4)
+        for label, *place in zip(labels, x, y, strict=True):
+            axis.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set_yscale("log")
+        axis.margins(x=0.12, y=0.15)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+
+    return drawing(draw, name)
+
+
 def bars(labels: Sequence[str], values: Sequence[float], x_label: str, name: str) -> str:
     """Draw horizontal bars with their values, the first one on top."""
 

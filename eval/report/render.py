@@ -181,6 +181,18 @@ def _speculation(name: str, results: Sequence[Result]) -> str:
     return (drawn if drafted else "") + table(rows, columns)
 
 
+def _types(name: str, results: Sequence[Result]) -> str:
+    from blockffn.eval.types.report import COLUMNS
+
+    rows = [row for result in results for row in _rows(result)]
+    shown = [row for row in rows if row["kld_mean"] > 0]  # not the reference itself
+    labels, bits, divergence = zip(
+        *((row["type"], row["bits_per_weight"], row["kld_mean"]) for row in shown), strict=True
+    )
+    drawn = plots.points(labels, bits, divergence, "bits per weight, whole file", "mean KL divergence, nats", name)
+    return drawn + table(rows, [Column("type", value("type")), *(Column(head, value(k, f)) for k, head, f in COLUMNS)])
+
+
 def _dial(name: str, results: Sequence[Result]) -> str:
     from blockffn.eval.dial.points import Point
     from blockffn.eval.dial.report import COLUMNS, SPEEDS
@@ -229,23 +241,12 @@ def _load(name: str, results: Sequence[Result]) -> str:
     return drawn + table(rows, columns)
 
 
-def _plain(name: str, results: Sequence[Result]) -> str:
-    """Whatever figures the rows have, a column per key."""
-    rows = [row for result in results for row in _rows(result)]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not isinstance(rows[0].get(key), dict)]
-    return table(rows, [Column(key.replace("_", " "), value(key, _form(rows, key))) for key in keys])
-
-
-def _form(rows: Sequence[Row], key: str) -> str:
-    return "{:.4g}" if all(isinstance(row.get(key, 0.0), float) for row in rows) else "{}"
-
-
 RENDERERS: dict[str, Callable[[str, Sequence[Result]], str]] = {
     "ops": _ops,
     "step": _step,
     "contexts": _contexts,
     "speculation": _speculation,
-    "types": _plain,
+    "types": _types,
     "dial": _dial,
     "peers": _peers,
     "load": _load,

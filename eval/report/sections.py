@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SIZES = ("quick", "full")
+QUICK_TYPES = "Q8_0,Q6_K,Q4_K_M,Q4_0,IQ4_NL"
 
 
 @dataclass(frozen=True)
 class Subject:
     """The model under test: expert layout, the same weights in the dense layout (or None), a text, its context.
 
-    folder: where commands put files of their own.
+    folder: where commands put files of their own. unquantized: the model in F16 or F32, where there is such a file.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Subject:
     text: str
     n_ctx: int
     folder: str
+    unquantized: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def sections(size: str, subject: Subject) -> list[Section]:
     quick = size == "quick"
     shapes = ["0.1b"] if quick else ["1.2b", "deco-1.2b"]
     found = [_ops(quick), _step(quick, shapes[0], subject), *(_contexts(quick, shape) for shape in shapes)]
-    found += [_speculation(quick, shapes[0], subject), _types(quick, subject), _dial(quick, subject)]
+    found += [_speculation(quick, shapes[0], subject)]
+    found += [_types(quick, subject.unquantized, subject)] if subject.unquantized else []
+    found += [_dial(quick, subject)]
     return [*found, _peers(quick, subject), _load(quick, subject)]
 
 
@@ -99,9 +103,10 @@ def _speculation(quick: bool, shape: str, subject: Subject) -> Section:
     return Section("speculation", "Speculation", about, words)
 
 
-def _types(quick: bool, subject: Subject) -> Section:
-    words = ["eval", "types", subject.model, "-f", subject.text, "--json"]
-    words += ["-n", "1024"] if quick else []
+def _types(quick: bool, model: str, subject: Subject) -> Section:
+    window = min(512, subject.n_ctx)
+    words = ["eval", "types", model, "-f", subject.text, "-c", str(window), "--json"]
+    words += ["-n", str(4 * window), "--rounds", "2", "--types", QUICK_TYPES] if quick else []
     about = "Quantized types: size, quality against the unquantized weights, speed."
     return Section("types", "Types", about, {"types": words})
 

@@ -13,14 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from blockffn.inspection import bits_per_weight
-from blockffn.quantize import TYPES, Plan, canonical_type, plan, quantize
+from blockffn.quantize import PRESETS, TILED, TILED_X86, TYPES, Plan, bits, canonical_type, plan, quantize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn quantize`."""
     parser.add_argument("source", metavar="IN.gguf", help="F32, F16 or BF16 model")
     parser.add_argument("target", metavar="OUT.gguf", help="appears whole or not at all")
-    parser.add_argument("type", metavar="TYPE", help=", ".join(TYPES))
+    parser.add_argument("type", metavar="TYPE", help=", ".join([*PRESETS, *TYPES]))
+    parser.add_argument("--list-types", action=ListTypes, nargs=0, help="say what each type is, and where it is fast")
     parser.add_argument("--imatrix", metavar="F", help="importance matrix of llama-imatrix")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
@@ -45,11 +46,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class ListTypes(argparse.Action):
+    """Prints the types and ends, as --help does: input, output and type are not asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print and end."""
+        print(type_table())
+        parser.exit()
+
+
+def type_table() -> str:
+    """Return a line for each type: bits per weight, and where products of several tokens have a fast kernel."""
+    lines = [f"{name:<10} {preset.about}" for name, preset in PRESETS.items()]
+    lines += ["", "type       bits   several tokens at once are fast"]
+    for name, kind in TYPES.items():
+        where = "on x86 and ARM" if kind in TILED else "on x86" if kind in TILED_X86 else "nowhere"
+        lines.append(f"{name:<10} {bits(kind):5.2f}  {where}")
+    lines += [
+        "",
+        "Rows of 64 and 128 cannot hold types of 256 values (all with K, IQ1 to IQ3, IQ4_XS): those tensors fall back.",
+    ]
+    return "\n".join(lines)
+
+
 def announce_plan(steps: Plan) -> None:
     """Print nominal and actual bits per weight and the tensors that fall back."""
     source = bits_per_weight([tensor.source for tensor in steps.tensors])
     print(f"{steps.type}: nominal {steps.nominal_bits:.2f} bits per weight", end="")
     print(f", actual {steps.bits_per_weight:.2f} (source {source:.2f})")
+    for kind, n_weights in steps.untiled.items():
+        share = n_weights / sum(tensor.source.n_elements for tensor in steps.tensors)
+        print(f"note: {kind} ({share:.0%} of the weights) has no fast kernel for several tokens; see --list-types")
     if not steps.fallbacks:
         print("every tensor gets the type it should")
         return

@@ -1,0 +1,1 @@
+"""Quantization types of one model side by side: size, quality, speed: `blockffn eval types`."""
