@@ -42,7 +42,6 @@ def serve(args: argparse.Namespace) -> int:
         try:
             port = listener.getsockname()[1]
             host = f"[{args.host}]" if ":" in args.host else args.host
-            print(f"serving {service.name} on http://{host}:{port}", flush=True)
             config = uvicorn.Config(
                 make_app(service, access),
                 log_level="info" if args.verbose else "warning",
@@ -50,7 +49,7 @@ def serve(args: argparse.Namespace) -> int:
                 server_header=False,
                 timeout_graceful_shutdown=int(limits.stop_seconds + GRACE),
             )
-            server = Server(config, service)
+            server = Server(config, service, f"serving {service.name} on http://{host}:{port}")
             server.run(sockets=[listener])
             print(server.farewell(), flush=True)
         finally:
@@ -60,10 +59,11 @@ def serve(args: argparse.Namespace) -> int:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server whose stop lets running answers end, within the limit."""
+    """A uvicorn server whose stop lets running answers end, within the limit. It greets when it can be stopped so."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
         super().__init__(config)
+        self._greeting = greeting
         self._service = service
         self._running = 0  # answers when the stop began
 
@@ -76,6 +76,11 @@ class Server(uvicorn.Server):
         finally:
             for number, handler_before in before.items():
                 signal.signal(number, handler_before)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open for requests, then say so."""
+        await super().startup(sockets)
+        print(self._greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, wait for answers, cut them at the limit."""
