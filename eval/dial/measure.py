@@ -58,17 +58,9 @@ class Quality:
         """Return the figures of one point. Errors: BlockffnError for a text shorter than a window."""
         view = _View(self.llm, point)
         try:
-            found = divergence(cast("Llama", view), cast("Llama", self.reference), self.tokens, self.n_ctx)
+            return divergence(cast("Llama", view), cast("Llama", self.reference), self.tokens, self.n_ctx).figures()
         finally:
             view.evaluator.close()
-        return {
-            "perplexity": found.perplexity,
-            "kld_mean": found.mean,
-            "kld_error": found.error,
-            "kld_99": found.percentile_99,
-            "top1": found.top1,
-            "n_scored": found.n_scored,
-        }
 
     def close(self) -> None:
         """Free the context of the reference."""

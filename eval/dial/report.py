@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from blockffn.eval.dial.points import Point
+from blockffn.eval.quality import columns
 
 Row = dict[str, Any]
 # key, head, format
 COLUMNS = (
-    ("perplexity", "perplexity", "{:.4f}"),
-    ("kld_mean", "KL mean", "{:.5f}"),
-    ("kld_99", "KL 99 %", "{:.4f}"),
-    ("top1", "same top-1", "{:.2%}"),
-    ("decode_tokens_per_second", "decode t/s", "{:.1f}"),
-    ("verify8_tokens_per_second", "verify 8 t/s", "{:.1f}"),
+    *columns.COLUMNS,
     ("union1", "union 1", "{:.1f}"),
     ("union8", "union 8", "{:.1f}"),
 )

@@ -62,6 +62,17 @@ class Divergence:
     n_windows: int
     n_ctx: int
 
+    def figures(self) -> dict[str, Any]:
+        """Return what tables of several variants of a model show, under their names."""
+        return {
+            "perplexity": self.perplexity,
+            "kld_mean": self.mean,
+            "kld_error": self.error,
+            "kld_99": self.percentile_99,
+            "top1": self.top1,
+            "n_scored": self.n_scored,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain Python values, for JSON."""
         return asdict(self)

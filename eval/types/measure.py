@@ -145,15 +145,7 @@ def _quality(path: Path, source: Path, tokens: Sequence[int], n_ctx: int, thread
 
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads}
     with blockffn.Llama(path, **options) as llm, blockffn.Llama(source, **options) as reference:
-        found = divergence(llm, reference, tokens, n_ctx)
-    return {
-        "perplexity": found.perplexity,
-        "kld_mean": found.mean,
-        "kld_error": found.error,
-        "kld_99": found.percentile_99,
-        "top1": found.top1,
-        "n_scored": found.n_scored,
-    }
+        return divergence(llm, reference, tokens, n_ctx).figures()
 
 
 def _seconds(path: Path, text: str, threads: int) -> dict[str, list[float]]:

@@ -11,18 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blockffn.eval.quality import columns
+
 Row = dict[str, Any]
 # key, head, format
 COLUMNS = (
     ("nominal_bits", "nominal", "{:.2f}"),
     ("bits_per_weight", "bits", "{:.2f}"),
     ("file_mb", "MB", "{:.1f}"),
-    ("perplexity", "perplexity", "{:.4f}"),
-    ("kld_mean", "KL mean", "{:.5f}"),
-    ("kld_99", "KL 99 %", "{:.4f}"),
-    ("top1", "same top-1", "{:.2%}"),
-    ("decode_tokens_per_second", "decode t/s", "{:.1f}"),
-    ("verify8_tokens_per_second", "verify 8 t/s", "{:.1f}"),
+    *columns.COLUMNS,
     ("prefill_tokens_per_second", "prefill t/s", "{:.1f}"),
 )
 SPEEDS = (("decode_tokens_per_second", "decode", "o"), ("verify8_tokens_per_second", "verify 8", "s"))
