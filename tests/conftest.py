@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Modules that take more than a few seconds; `make test-quick` leaves them out. A new module is quick until it is named.
 SLOW = {
     "test_convert_mutations", "test_convert_writer", "test_eagle_training", "test_eval_bench",
-    "test_eval_bench_activation",
+    "test_eval_bench_activation", "test_eval_bench_serving", "test_eval_memory",
     "test_eval_bench_peers", "test_eval_bench_speculative", "test_eval_demo", "test_eval_dial", "test_eval_planted",
     "test_eval_published", "test_eval_report", "test_eval_resume", "test_eval_spec_bench", "test_eval_types",
     "test_engine_exact", "test_eval_harness", "test_eval_harness_scorer", "test_examples",

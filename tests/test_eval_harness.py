@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ def test_requests_are_cached_one_by_one(
     assert main(line) == 130
     assert main(line) == 0 and "|local_choice|" in capsys.readouterr().out
     assert asked[0] == 11 and 0 < asked[1] < 11
+
+
+def test_full_disk_under_the_cache(
+    capsys: pytest.CaptureFixture[str], stock_model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """No file may grow beyond one page of the cache: one message, and the same command goes on where there is room."""
+    line = command(stock_model, tasks, "local_choice", "--use_cache", tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert main(line) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "error: --use_cache: " in error and "free some space" in error and "Traceback" not in error
+    assert main(line) == 0 and "|local_choice|" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

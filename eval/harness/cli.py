@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
+import sqlite3
 import sys
 
 from blockffn.errors import BlockffnError
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import blockffn.eval.harness.model  # noqa: F401  registers the model
 
     setup_logging()
+    logging.getLogger("sqlitedict").setLevel(logging.CRITICAL + 1)  # --use_cache: what it logs, it raises as well
     command = HarnessCLI()
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
@@ -43,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         unknown = _unknown_task(error, getattr(parsed, "include_path", None))
         raise unknown or BlockffnError(f"lm_eval: {error}") from error
+    except sqlite3.Error as error:
+        cure = "free some space or name another file; what was answered is kept and not asked again"
+        raise BlockffnError(f"--use_cache: {error}; {cure}") from error
     except OSError as error:  # a full disk, a data set that cannot be reached
         raise BlockffnError(f"lm_eval: {error}") from error
     except (AssertionError, ImportError, LookupError, NotImplementedError, TypeError) as error:
