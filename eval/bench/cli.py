@@ -35,6 +35,8 @@ STUDIES = {
     "activation": ("blockffn.eval.bench.activation", "NormSiLU against SiLU"),
     "choice": ("blockffn.eval.studies.choice", "the automatic draft length against the best fixed one"),
     "exact": ("blockffn.eval.studies.exact", "exact mode against the default mode"),
+    "harness": ("blockffn.eval.studies.harness", "requests of lm_eval: together, one by one, beside llama-server"),
+    "streams": ("blockffn.eval.studies.streams", "many texts at once, in Python and over HTTP, beside llama-server"),
     "loop": ("blockffn.eval.studies.loop", "the time of the Python loop of speculative decoding"),
     "differences": ("blockffn.eval.studies.differences", "greedy text: plain against speculative decoding"),
 }

@@ -1,0 +1,149 @@
+"""Many greedy texts at once: tokens per second of one stream and of several, in Python and over HTTP.
+
+    $ blockffn bench streams --shape 1.2b
+    $ blockffn bench streams -m model.gguf -f text.txt --streams 8 --draft ngram
+
+Ways: `blockffn.Engine` in this process, `blockffn serve`, and llama-server of the same tree, each with its weights
+loaded once. In every round each way writes the same texts, first one after another, then all at once; ways take turns.
+Prompts are pieces of the text, so that no way profits from a prompt that it has seen in this round. The time is that of
+all texts, prompts included; speeds are medians over the rounds, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from blockffn.commands.common import count
+from blockffn.errors import BlockffnError
+from blockffn.eval.bench import serving
+from blockffn.eval.studies.text import add_model_arguments, model_and_text
+from blockffn.threads import physical_cores
+
+WAYS = ("engine", "serve", "llama-server")
+LINE = "{way:<14} {one:12.1f} ({one_low:.1f}-{one_high:.1f}) {all:12.1f} ({all_low:.1f}-{all_high:.1f}) {ratio:8.2f}"
+Write = Callable[[Sequence[Sequence[int]]], int]  # prompts at once -> tokens written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `blockffn bench streams`."""
+    add_model_arguments(parser)
+    parser.add_argument("--streams", type=count, default=8, metavar="N", help="texts at once (default: 8)")
+    parser.add_argument("--tokens", type=count, default=48, metavar="N", help="of a text (default: 48)")
+    parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of %(default)s (default: all)")
+    parser.add_argument("--draft", metavar="ngram|PATH", help="drafter of engine and serve")
+    parser.add_argument("--exact", action="store_true", help="exact mode of engine and serve")
+    parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure; print a table and one line of JSON."""
+    from blockffn.eval.environment import environment, headline
+
+    ways = args.ways.split(",")
+    if unknown := set(ways) - set(WAYS):
+        raise BlockffnError(f"--ways: expected some of {', '.join(WAYS)}, found {', '.join(sorted(unknown))}")
+    threads = args.threads or physical_cores()
+    path, text = model_and_text(args.shape, args.model, args.file)
+    with contextlib.ExitStack() as stack:
+        prompts = _prompts(path, text, args)
+        writers = {way: stack.enter_context(OPEN[way](path, args, threads)) for way in ways}
+        rates = measure(writers, prompts, args.rounds, args.streams)
+    where = environment() | {"threads": threads, "model": path, "streams": args.streams, "tokens": args.tokens}
+    rows = [figures(way, *rates[way]) for way in ways]
+    print(headline(where, threads))
+    print(f"{'':<14} tokens/s: one after another (range) {args.streams:>6} at once (range)    ratio")
+    for row in rows:
+        print(LINE.format(**row))
+    print(json.dumps({"environment": where, "rows": rows}))
+    return 0
+
+
+def measure(
+    writers: dict[str, Write], prompts: Sequence[Sequence[int]], rounds: int, streams: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return, by way, tokens per second of each round: texts one after another, and `streams` of them at once."""
+    rates: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in writers}
+    for write in writers.values():
+        write(prompts[:1])  # graphs are built, weights read
+    for number in range(rounds):
+        own = prompts[(1 + number) * streams : (2 + number) * streams]
+        for way, write in writers.items():
+            rates[way][0].append(_rate(lambda: sum(write([prompt]) for prompt in own)))  # noqa: B023  called here
+        for way, write in writers.items():
+            rates[way][1].append(_rate(lambda: write([prompt[::-1] for prompt in own])))  # noqa: B023  unseen prompts
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    return rates
+
+
+def figures(way: str, one: Sequence[float], several: Sequence[float]) -> dict[str, Any]:
+    """Return medians and ranges of a way, and the median ratio of several to one."""
+    row: dict[str, Any] = {"way": way}
+    for name, values in (("one", one), ("all", several)):
+        row |= {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+    return row | {"ratio": row["all"] / row["one"]}
+
+
+def _rate(write: Callable[[], int]) -> float:
+    started = time.perf_counter()
+    written = write()
+    return written / (time.perf_counter() - started)
+
+
+def _prompts(path: str, text: Any, args: argparse.Namespace) -> list[list[int]]:
+    """Return prompts for all rounds: neighbouring pieces of the text."""
+    import blockffn
+
+    n = (1 + args.rounds) * args.streams
+    with blockffn.Llama(path, n_ctx=64, n_threads=1) as llm:
+        tokens = text(llm, n * args.prompt)
+    return [tokens[i * args.prompt : (i + 1) * args.prompt] for i in range(n)]
+
+
+def _n_ctx(args: argparse.Namespace) -> int:
+    """Return the tokens that the caches hold: every text whole."""
+    return int(args.streams * (args.prompt + args.tokens + 16))
+
+
+@contextlib.contextmanager
+def _engine(path: str, args: argparse.Namespace, threads: int) -> Iterator[Write]:
+    import blockffn
+    from blockffn.engine.params import GenerationParams
+
+    params = GenerationParams(max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
+    options: dict[str, Any] = {"n_parallel": args.streams, "n_ctx": _n_ctx(args), "n_threads": threads}
+    with blockffn.Engine(path, drafter=args.draft, exact=args.exact, **options) as engine:
+        yield lambda prompts: sum(len(stream.tokens) for stream in engine.generate_many(prompts, params))
+
+
+@contextlib.contextmanager
+def _over_http(way: str, command: list[str], args: argparse.Namespace) -> Iterator[Write]:
+    body = {"max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}
+    with serving.serving(way, command) as base, ThreadPoolExecutor(args.streams) as pool:
+
+        def ask(prompt: Sequence[int]) -> int:
+            return int(serving.complete(base, {"prompt": list(prompt), **body})["usage"]["completion_tokens"])
+
+        yield lambda prompts: sum(pool.map(ask, prompts))
+
+
+def _serve(path: str, args: argparse.Namespace, threads: int) -> contextlib.AbstractContextManager[Write]:
+    command = serving.our_server(path, args.streams, _n_ctx(args), threads)
+    command += ["--draft", args.draft] if args.draft else []
+    return _over_http("serve", command + (["--exact"] if args.exact else []), args)
+
+
+def _llama_server(path: str, args: argparse.Namespace, threads: int) -> contextlib.AbstractContextManager[Write]:
+    return _over_http("llama-server", serving.llama_server(path, args.streams, _n_ctx(args), threads), args)
+
+
+OPEN = {"engine": _engine, "serve": _serve, "llama-server": _llama_server}
