@@ -86,6 +86,16 @@ def test_logit_bias_and_ignore_eos(engine: Engine) -> None:
     assert len(on.tokens) == 9 and on.finish_reason == "length"
 
 
+def test_greedy_text_past_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the end is ignored, the most likely token of those that do not end a text is taken."""
+    monkeypatch.setattr(engine, "_is_end", lambda token: token % 3 > 0)  # two of three tokens would end it
+    stream = engine.submit("abc", GenerationParams(max_tokens=12, temperature=0.0, ignore_eos=True)).wait()
+    text = [*stream.prompt, *(token.id for token in stream.tokens)]
+    logits = engine.llm.logits(text)[len(stream.prompt) - 1 : -1]
+    logits[:, np.arange(logits.shape[1]) % 3 > 0] = -np.inf
+    assert [token.id for token in stream.tokens] == logits.argmax(axis=1).tolist()
+
+
 def test_tokens_carry_log_probabilities_and_add_up_to_the_text(engine: Engine) -> None:
     stream = engine.submit("abc", GenerationParams(max_tokens=12, temperature=0.0, logprobs=3))
     read = list(stream)

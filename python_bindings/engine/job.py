@@ -57,7 +57,7 @@ class Job:
         while ends is None:
             row = logits[node + 1]
             began = perf_counter()
-            token = int(row.argmax()) if self.sampler is None else self.sampler.sample(self.text.n, row)
+            token = self._greedy(row) if self.sampler is None else self.sampler.sample(self.text.n, row)
             step.sample_seconds += perf_counter() - began
             step.tokens += 1
             child = children.get((node, token))
@@ -83,6 +83,15 @@ class Job:
         self.statistics.add(step)
         self.stream.put(out, None)
         return ends
+
+    def _greedy(self, row: Floats) -> int:
+        """Return the most likely token; where the text goes on past its end, of those that do not end it."""
+        token = int(row.argmax())
+        while self.stream.params.ignore_eos and self.is_end(token):
+            row = row.copy()
+            row[token] = -np.inf
+            token = int(row.argmax())
+        return token
 
     def _ends(self) -> str | None:
         """Return why the text ends with its last token, if it does."""
@@ -118,7 +127,7 @@ class Slot:
 
     index: int  # the sequence
     held: Tokens = field(default_factory=lambda: NOTHING)  # int32 [cached], positions 0, ...
-    cells: Tokens = field(default_factory=lambda: NOTHING)  # int32 [cached], numbers; texts that share a cell have it
+    cells: list[int] = field(default_factory=list)  # [cached] numbers; texts that share a cell have the same one
     job: Job | None = None
     drafter: Drafter | None = None
     used: int = 0  # number of the step of its last use

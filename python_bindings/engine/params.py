@@ -74,9 +74,9 @@ class GenerationParams:
 
     @property
     def greedy(self) -> bool:
-        """Is the most likely token taken, whatever came before?"""
+        """Is the most likely token taken, whatever came before? With `ignore_eos`: of those that end no text."""
         return self.temperature == 0.0 and not (
-            self.penalized or self.logits_processor or self.grammar or self.logit_bias or self.ignore_eos
+            self.penalized or self.logits_processor or self.grammar or self.logit_bias
         )
 
     @property

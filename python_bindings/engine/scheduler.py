@@ -25,7 +25,6 @@ from blockffn.speculative.drafter import Context, Drafter
 
 PIECE = 32  # tokens of prompts in a step that also continues texts
 GROWTH = 32  # tokens that each running text must have room for before another one starts
-MOST_CELLS = 1 << 30  # their numbers start anew
 Parts = list[tuple[Slot, Part, Step]]
 
 
@@ -128,7 +127,7 @@ class Scheduler:
         running = [slot for slot in self.slots if slot.job is not None]
         if not running:
             return True
-        used = len(np.unique(np.concatenate([slot.cells for slot in running])))
+        used = len(set[int]().union(*(slot.cells for slot in running)))
         coming = sum(len(slot.waiting) + GROWTH for slot in running)
         shared = max(_common(slot.held, job.text.tokens) for slot in running)
         return used + coming + job.text.n - shared + GROWTH <= self.cache.n_cells
@@ -225,10 +224,10 @@ class Scheduler:
             kept = part.n - step.nodes + step.accepted
             if self._read_states and slot.drafter is not None:
                 slot.drafter.hidden(job.text.tokens, step.position, states[part.row : part.row + kept])
-            slot.held = job.text.tokens[: step.position + part.n - step.nodes + step.accepted]
+            slot.held = job.text.tokens[: step.position + kept]
             if kept < part.n:
                 self.cache.forget(slot.index, slot.cached)
-            slot.cells = slot.cells[: slot.cached]
+            del slot.cells[slot.cached :]
         drafts = [step for _, _, step in parts if step.plan is not None]
         if len(drafts) == len(parts):
             self.budget.learn_step(self.batch.n, seconds, sum(step.asked for step in drafts), drafting)
@@ -236,9 +235,9 @@ class Scheduler:
 
     def _count_cells(self, slot: Slot, n: int) -> None:
         """Give a slot `n` more cells."""
-        cells = np.arange(self._cell, self._cell + n, dtype=np.int32)
-        self._cell = (self._cell + n) % MOST_CELLS
-        slot.cells, slot.used = np.concatenate([slot.cells, cells]), self.steps
+        slot.cells.extend(range(self._cell, self._cell + n))
+        slot.used = self.steps
+        self._cell += n
 
     def _walk(self, slot: Slot, step: Step, logits: Floats) -> None:
         """Let a text take its tokens; policy and drafter learn what became of the draft."""
@@ -288,7 +287,7 @@ class Scheduler:
         """Forget the positions of a slot from `n` on."""
         if slot.cached > n:
             self.cache.forget(slot.index, n)
-            slot.held, slot.cells = (slot.held[:n], slot.cells[:n]) if n else (NOTHING, NOTHING)
+            slot.held, slot.cells = (slot.held[:n], slot.cells[:n]) if n else (NOTHING, [])
 
     def end_all(self, reason: str, error: BaseException | None = None) -> None:
         """End every text."""

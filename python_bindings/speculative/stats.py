@@ -63,8 +63,9 @@ class Statistics:
         self.drafted += step.nodes
         self.accepted += step.accepted
         self.accepted_by_step.append(step.accepted)
-        _count(self.drafted_by_position, draft.levels, draft.levels)
-        _count(self.accepted_by_position, step.accepted, draft.levels)
+        if step.nodes:
+            _count(self.drafted_by_position, draft.levels, draft.levels)
+            _count(self.accepted_by_position, step.accepted, draft.levels)
         self.steps_by_size[size] += 1
         self.seconds_by_size[size] = self.seconds_by_size.get(size, 0.0) + step.verify_seconds
         if step.union is not None:
