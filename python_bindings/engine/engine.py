@@ -8,6 +8,7 @@ One thread of the engine's own evaluates; `submit`, `Stream.cancel` and reading 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
@@ -133,7 +134,7 @@ class Engine:
 
         Leaving it cancels what still runs; `generate_many` says what `params` are.
         """
-        return merged(self._submit_many(prompts, params))
+        return _tokens(self._submit_many(prompts, params))
 
     def _submit_many(
         self,
@@ -266,6 +267,14 @@ class Engine:
                     job.stream.finish("error", job.summary(), error)
             return False
         return True
+
+
+async def _tokens(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Token]]:
+    """Yield the tokens of several streams without saying which have ended."""
+    async with contextlib.aclosing(merged(streams)) as read:
+        async for number, token in read:
+            if token is not None:
+                yield number, token
 
 
 class _Host:

@@ -1,43 +1,45 @@
-"""Several streams read as one: `merged`, what `Engine.stream_many` gives.
+"""Several streams read as one: `merged`, what `Engine.stream_many` and the server read.
 
 async for number, token in merged(streams):    # in the order in which they come
-    texts[number] += token.text
+    print(number, "has ended" if token is None else token.text)
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from blockffn.engine.params import Token
 from blockffn.engine.stream import Stream
 
 
-async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Token]]:
-    """Yield the number of a stream and its next token until all have ended.
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Token | None], None]:
+    """Yield (number of a stream, its next token), and (number, None) when one has ended, until all have.
 
     Raises what went wrong in one of them. Whoever leaves the iteration cancels the streams that still run.
     """
-    waiting: dict[asyncio.Future[Token], int] = {}
-
-    def ask(number: int) -> None:
-        waiting[asyncio.ensure_future(streams[number].__anext__())] = number
-
+    arrived: asyncio.Queue[tuple[int, Token | BaseException | None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(number, stream, arrived)) for number, stream in enumerate(streams)]
     try:
-        for number in range(len(streams)):
-            ask(number)
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=waiting.__getitem__):
-                number = waiting.pop(task)
-                try:
-                    token = task.result()
-                except StopAsyncIteration:
-                    continue
-                yield number, token
-                ask(number)
+        running = len(streams)
+        while running:
+            number, token = await arrived.get()
+            if isinstance(token, BaseException):
+                raise token
+            running -= token is None
+            yield number, token
     finally:
-        for task in waiting:
+        for task in tasks:
             task.cancel()
         for stream in streams:
             stream.cancel()
+
+
+async def _pump(number: int, stream: Stream, arrived: asyncio.Queue[tuple[int, Token | BaseException | None]]) -> None:
+    """Pass the tokens of a stream on, then None or what went wrong."""
+    try:
+        async for token in stream:
+            arrived.put_nowait((number, token))
+        arrived.put_nowait((number, None))
+    except Exception as error:
+        arrived.put_nowait((number, error))

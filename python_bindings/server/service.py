@@ -9,10 +9,12 @@ Everything here runs in the event loop; the engine has a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from blockffn.engine.merged import merged
 from blockffn.errors import BlockffnError
 from blockffn.server.errors import ApiError
 from blockffn.server.limits import Limits
@@ -79,21 +81,13 @@ class Service:
 
         Streams that are still open are cancelled after the time limit, and when the reader goes away.
         """
-        arrived: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        tasks = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(streams)]
         timer = asyncio.get_running_loop().call_later(self.limits.seconds, _cancel, streams)
         try:
-            open_streams = len(streams)
-            while open_streams:
-                index, token = await arrived.get()
-                if isinstance(token, BaseException):
-                    raise token
-                open_streams -= token is None
-                yield index, token
+            async with contextlib.aclosing(merged(streams)) as read:
+                async for pair in read:
+                    yield pair
         finally:
             timer.cancel()
-            for task in tasks:
-                task.cancel()
             self.release(streams)
 
     def release(self, streams: Sequence[Any]) -> None:
@@ -132,16 +126,6 @@ class Service:
         """End the answers that are still running; what they have is their answer."""
         self.cut += len(self.running)
         _cancel(list(self.running))
-
-
-async def _pump(index: int, stream: Any, arrived: asyncio.Queue[tuple[int, Any]]) -> None:
-    """Pass the tokens of a stream on, then None or what went wrong."""
-    try:
-        async for token in stream:
-            arrived.put_nowait((index, token))
-        arrived.put_nowait((index, None))
-    except Exception as error:
-        arrived.put_nowait((index, error))
 
 
 def _cancel(streams: Sequence[Any]) -> None:
