@@ -13,3 +13,10 @@ list(TRANSFORM BLOCKFFN_LLAMA_SOURCES PREPEND ${BLOCKFFN_OPS_DIR}/llama/)
 if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set_source_files_properties(${BLOCKFFN_OPS_DIR}/cpu/flash-attn-stages.cpp PROPERTIES COMPILE_OPTIONS -mtune=generic)
 endif()
+
+# GCC's own header of AVX512 sets these off 800 times in upstream's files: its _mm512_undefined_* are meant to be undefined
+if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    foreach (file arch/x86/repack.cpp llamafile/sgemm.cpp tiled/tiled-kernel.cpp ops.cpp vec.cpp)
+        set_source_files_properties(ggml-cpu/${file} PROPERTIES COMPILE_OPTIONS "-Wno-maybe-uninitialized;-Wno-uninitialized")
+    endforeach()
+endif()
