@@ -13,7 +13,7 @@ from blockffn.engine.params import Token
 from blockffn.engine.stream import Stream
 from blockffn.engine.text import TextPieces
 from blockffn.speculative.decoder import Floats
-from blockffn.speculative.draft import ROOT, Step, Tokens, children_of
+from blockffn.speculative.draft import Step, Tokens
 from blockffn.speculative.drafter import Drafter
 from blockffn.speculative.loop import Text
 from blockffn.speculative.sampling import Chain, Draw
@@ -49,18 +49,17 @@ class Job:
     def walk(self, step: Step, logits: Floats, number: int) -> str | None:
         """Take the tokens of one evaluation, logits float32 [1 + nodes, n_vocab]; return why the text ends, or None.
 
-        The walk goes on while the draft holds the token that is sampled; `step.path` are the accepted nodes.
+        The draft is a chain; the walk goes on while it holds the token that is sampled, and counts in `step.path`.
         """
-        node, out, drafted = ROOT, [], step.nodes > 0
-        children = children_of(step.draft) if drafted else {}
+        draft, path, out = step.draft.tokens.tolist(), step.path, []
         params, ends = self.stream.params, None
         while ends is None:
-            row = logits[node + 1]
+            row = logits[len(path)]
             began = perf_counter()
             token = self._greedy(row) if self.sampler is None else self.sampler.sample(self.text.n, row)
             step.sample_seconds += perf_counter() - began
             step.tokens += 1
-            child = children.get((node, token))
+            accepted = len(path) < len(draft) and token == draft[len(path)]
             ended = not params.ignore_eos and self.is_end(token)
             rest = self.pieces.finish() if ended else self.pieces.add(self.piece(token))
             if ended:
@@ -70,16 +69,15 @@ class Job:
                 ends = self._ends()
                 if ends == "length":
                     rest += self.pieces.finish()
-            source = "draft" if child is not None else "verified" if drafted else "plain"
+            source = "draft" if accepted else "verified" if draft else "plain"
             if rest or not ended:
                 logprob, top = _log_probabilities(row, token, params.logprobs)
                 out.append(Token(token, rest, logprob, top, source, number))
-            step.complete = child is None
-            if child is None:
+            step.complete = not accepted
+            if not accepted:
                 break
             if ends is None:
-                step.path.append(child)
-                node = child
+                path.append(len(path))
         self.statistics.add(step)
         self.stream.put(out, None)
         return ends

@@ -181,19 +181,20 @@ class Scheduler:
         batch, parts = self.batch, []
         batch.clear()
         for slot in running:
-            if len(slot.waiting) == 1:
-                draft = slot.step.draft
-                tokens = np.concatenate([slot.waiting, draft.tokens]) if len(draft) else slot.waiting
+            waiting = slot.waiting
+            if len(waiting) == 1:
+                tokens = waiting.tolist() + slot.step.draft.tokens.tolist()
                 parts.append((slot, batch.add_text(tokens, slot.cached, slot.index, len(tokens)), slot.step))
         room = min(batch.room, PIECE) if parts else batch.room
         for slot in running:
             tokens = slot.waiting
             if len(tokens) > 1 and room > 0:
-                piece = tokens[:room]
+                piece = tokens[:room].tolist()
                 last = int(len(piece) == len(tokens))
                 part = batch.add_text(piece, slot.cached, slot.index, last)
                 parts.append((slot, part, Step(None, position=slot.cached)))
                 room -= len(piece)
+        batch.close()
         return parts
 
     def _outputs(self) -> tuple[Floats, Floats]:
