@@ -43,6 +43,14 @@ void block_act_pack(const tile_weight &, int64_t, int64_t first, int64_t n, cons
     }
 }
 
+// f(0), ..., f(N - 1), numbers as constants: GCC keeps an array that a loop reads in memory, too
+template <int N, int I = 0, typename F> inline __attribute__((always_inline)) void repeat(F && f) {
+    if constexpr (I < N) {
+        f(std::integral_constant<int, I>());
+        repeat<N, I + 1>(f);
+    }
+}
+
 // sum[t] += 32 values of ROWS rows times block b of activation row t
 template <typename type, int T>
 inline __attribute__((always_inline)) void block_multiply(const ints                      w[8],
@@ -66,17 +74,35 @@ inline __attribute__((always_inline)) void block_multiply(const ints            
             sums[t] = set_words(type::OFFSET ? act[t][b].start[s] : 0);
         }
         dot_words<type::LIMIT, N, T>(w + N * s, act, b, 4 * N * s, sums);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
+        repeat<T>([&](auto t) __attribute__((always_inline)) {
             sum[t] = multiply_add(to_floats(sums[t]), multiply(d[s], set_floats(act[t][b].d[0])), sum[t]);
-        }
+        });
     }
     if constexpr (type::MIN) {
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
+        repeat<T>([&](auto t) __attribute__((always_inline)) {
             sum[t] = multiply_add(min, set_floats(act[t][b].d[1]), sum[t]);
-        }
+        });
     }
+}
+
+// n <= ROWS floats, in most cases all of them
+inline floats load_rows(const float * p, int64_t n) {
+    if (n == ROWS) {
+        return load_floats(p);
+    }
+    float part[ROWS];
+    memcpy(part, p, n * sizeof(float));
+    return load_floats(part);
+}
+
+inline void store_rows(float * p, int64_t n, floats v) {
+    if (n == ROWS) {
+        store_floats(p, v);
+        return;
+    }
+    float part[ROWS];
+    store_floats(part, v);
+    memcpy(p, part, n * sizeof(float));
 }
 
 // the blocks of fewer than ROWS rows, followed by copies of the last one
@@ -114,11 +140,7 @@ void block_dot_tile(const tile_weight &  w,
     for (int64_t r = 0; r < n_rows; r += ROWS) {
         const int64_t n = std::min<int64_t>(ROWS, n_rows - r);
         floats        sum[T];
-        float         part[T][ROWS];
-        for (int t = 0; t < T; t++) {
-            memcpy(part[t], acc[t] + r, n * sizeof(float));
-            sum[t] = load_floats(part[t]);
-        }
+        repeat<T>([&](auto t) __attribute__((always_inline)) { sum[t] = load_rows(acc[t] + r, n); });
         const char * soon = next ? next + r * w.row_size : nullptr;
         for (int64_t s = 0; s < w.k / type::SIZE; s++) {
             type::unpack(block_rows<type>(rows + r * w.row_size, w.row_size, n, s, copy),
@@ -130,10 +152,7 @@ void block_dot_tile(const tile_weight &  w,
                              block_multiply<type, T>(words, d, min, a, s * (type::SIZE / BLOCK_VALUES) + b, sum);
                          });
         }
-        for (int t = 0; t < T; t++) {
-            store_floats(part[t], sum[t]);
-            memcpy(acc[t] + r, part[t], n * sizeof(float));
-        }
+        repeat<T>([&](auto t) __attribute__((always_inline)) { store_rows(acc[t] + r, n, sum[t]); });
     }
 }
 
