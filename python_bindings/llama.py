@@ -34,7 +34,7 @@ import numpy.typing as npt
 from blockffn import _capi, dial, gguf_contract, library, logs
 from blockffn.errors import BlockffnError
 from blockffn.evaluation import Evaluator
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 from blockffn.union_stats import UnionStats
 
 library.load()
@@ -72,7 +72,7 @@ class Llama(llama_cpp.Llama):
         what the file says. union_budget: most experts per layer that a verified batch computes; 0 is no bound. Both can
         be set later (see blockffn.dial).
     flash_attn: on, as llama.cpp itself chooses on CPUs; llama_cpp.Llama has it off, which is slower here.
-    n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None takes all physical cores.
+    n_ctx: None takes the context the model was trained with, at most 4096; n_threads: None: see blockffn.threads.
     Errors: BlockffnError for a file that is missing, damaged or of an unknown architecture, and for a context that the
     model cannot have.
     """
@@ -118,7 +118,7 @@ class Llama(llama_cpp.Llama):
         overrides = dict(kv_overrides or {})
         if ffn == "dense":
             overrides[gguf_contract.key(gguf_contract.FFN_DENSE)] = True
-        threads = n_threads or physical_cores()
+        threads = n_threads or default_threads()
         logs.install(verbose)
         context = _checked_context(model_path, n_ctx)
         with logs.collect() as lines:

@@ -25,7 +25,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from blockffn import library
 from blockffn.errors import BlockffnError
 from blockffn.gguf_file import TensorInfo, read_gguf
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 # File types that llama-quantize knows -> the type of most of their tensors.
 TYPES = {
@@ -244,7 +244,7 @@ def quantize(
         announce(steps)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        arguments = [*_options(kind, imatrix), str(source), str(temporary), _base(kind), str(physical_cores())]
+        arguments = [*_options(kind, imatrix), str(source), str(temporary), _base(kind), str(default_threads())]
         for line in _run(arguments, str(source)):
             if progress is not None and (match := _TENSOR.match(line)):
                 progress(int(match[1]), int(match[2]), match[3])

@@ -9,7 +9,7 @@ import pytest
 
 from blockffn import threads
 
-Machine = Callable[[list[str], str | None], int]
+Machine = Callable[..., int]
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,14 @@ def test_container_limit(content: str, expected: int | None, monkeypatch: pytest
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A function that lays out /sys for threads with these siblings and this cpu.max, and counts the cores."""
+    """A function that lays out /sys for threads with these siblings and this cpu.max, and counts the cores.
 
-    def count(siblings: list[str], limit: str | None) -> int:
+    With `capacities` of the threads, or Intel's list of efficiency cores, it returns the default number of threads.
+    """
+
+    def count(
+        siblings: list[str], limit: str | None, capacities: list[int] | None = None, atoms: str | None = None
+    ) -> int:
         for cpu, names in enumerate(siblings):
             folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
             folder.mkdir(parents=True)
@@ -51,9 +56,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         if limit is not None:
             (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
             (tmp_path / "sys/fs/cgroup/cpu.max").write_text(limit + "\n")
+        for cpu, capacity in enumerate(capacities or []):
+            (tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity").write_text(f"{capacity}\n")
+        if atoms is not None:
+            (tmp_path / "sys/devices/cpu_atom").mkdir(parents=True)
+            (tmp_path / "sys/devices/cpu_atom/cpus").write_text(atoms + "\n")
         monkeypatch.setattr(threads, "Path", lambda path: tmp_path / path.lstrip("/"))
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _pid: set(range(len(siblings))), raising=False)
-        return threads.physical_cores()
+        return threads.physical_cores() if capacities is atoms is None else threads.default_threads()
 
     return count
 
@@ -70,6 +80,29 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 )
 def test_recorded_machines(machine: Machine, siblings: list[str], limit: str | None, expected: int) -> None:
     assert machine(siblings, limit) == expected
+
+
+ALONE = [str(cpu) for cpu in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("siblings", "limit", "capacities", "atoms", "expected"),
+    [
+        (ALONE, None, [397] * 4 + [1024] * 4, None, 4),  # as an RK3588: four little ones would slow the step
+        (ALONE, None, [250] * 4 + [620] * 2 + [1024] * 2, None, 4),  # three sizes: the middle ones help
+        (ALONE, None, [250] * 4 + [480] * 2 + [1024] * 2, None, 2),  # slower than half: they do not
+        (ALONE, None, [900] * 7 + [1024], None, 8),
+        (ALONE, "300000 100000", [397] * 4 + [1024] * 4, None, 3),
+        (["0-1", "0-1", "2-3", "2-3", "4", "5", "6", "7"], "max 100000", None, "4-7", 2),  # as Intel's hybrids
+        (["0-1", "0-1", "2-3", "2-3", "4", "5", "6", "7"], None, None, "4,6-7", 3),
+        (ALONE, None, None, "0-7", 8),  # nothing but efficiency cores
+        (ALONE, None, None, "nonsense", 8),
+    ],
+)
+def test_little_cores(
+    machine: Machine, siblings: list[str], limit: str | None, capacities: list[int] | None, atoms: str, expected: int
+) -> None:
+    assert machine(siblings, limit, capacities, atoms) == expected
 
 
 def test_a_system_without_the_files(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

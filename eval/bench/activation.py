@@ -20,7 +20,7 @@ from blockffn.eval.bench import models as bench
 from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
 from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import model as planted
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 ACTIVATIONS = ("norm_silu", "silu")
 Row = dict[str, Any]
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Time both models, print the table and, on request, one line of JSON."""
-    directory, threads = profile_directory(options.profile), options.threads or physical_cores()
+    directory, threads = profile_directory(options.profile), options.threads or default_threads()
     timed = bench.phases(options.verify, options.prefill)
     shape = planted.shape_named(options.shape)
     rows = compare(shape, options.type, threads, options.rounds, timed, directory)

@@ -25,7 +25,7 @@ from typing import Any
 
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 STUDIES = {
     "ops": ("blockffn.eval.bench.ops", "the operations alone: what `make bench-ops` runs"),
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     args.past, args.rounds = _tokens_before(args.past or str(bench.PAST))[0], args.rounds or bench.ROUNDS
     candidates, text = _planted(args) if args.model is None else _given(args)
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     timed = bench.phases(_sizes(args.verify or _listed(bench.VERIFY)), args.prefill)
     if args.acceptance or args.draft:
         timed = bench.speculative_phases(timed, _plans(args.plans), _rates(args.acceptance), args.tokens)
@@ -169,7 +169,7 @@ def _run_ops(args: argparse.Namespace) -> int:
     if args.acceptance or args.draft or args.exact:
         raise BlockffnError("--ops: times plain steps; --acceptance, --draft and --exact do not go with it")
     sizes, pasts = _sizes(args.verify or _listed(nodes.SIZES)), _tokens_before(args.past or _listed(nodes.PASTS))
-    directory, threads, rounds = profile_directory(args.profile), args.threads or physical_cores(), args.rounds
+    directory, threads, rounds = profile_directory(args.profile), args.threads or default_threads(), args.rounds
     args.past = max(pasts)
     candidates, text = _planted(args) if args.model is None else _given(args)
     rows = nodes.measure(candidates, text, threads, rounds or nodes.ROUNDS, sizes, pasts, directory, _say)

@@ -107,12 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start every model, print the table and, on request, one line of JSON."""
     from blockffn.eval.environment import environment, headline
-    from blockffn.threads import physical_cores
+    from blockffn.threads import default_threads
 
     for path in args.model:
         if not Path(path).is_file():
             raise BlockffnError(f"{path}: no such file")
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     rows = measure(args.model, threads, args.rounds, args.cold)
     where = environment() | {"threads": threads, "rounds": args.rounds, "cold": args.cold}
     print(headline(where, threads) + (", file not in memory" if args.cold else ", file in memory"))

@@ -27,7 +27,7 @@ from blockffn.errors import BlockffnError
 from blockffn.eval.bench import peer_program
 from blockffn.eval.bench.process import Channel
 from blockffn.eval.environment import PROFILES, environment, headline, profile_directory
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 LOOKUP = 10  # tokens, the default of LlamaPromptLookupDecoding
 PROGRAM_DRAFT = 3  # tokens, the default of llama-cli
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.model, args.draft, args.file)):
         if not Path(path).is_file():
             raise BlockffnError(f"{path}: no such file")
-    directory, threads = profile_directory(args.profile), args.threads or physical_cores()
+    directory, threads = profile_directory(args.profile), args.threads or default_threads()
     texts = prompts(Path(args.file).read_text(encoding="utf-8"), args.prompts, args.length)
     rows = measure(args.model, contenders(args.draft), texts, args.tokens, args.rounds, threads, directory)
     where = environment(directory) | {"threads": threads, "tokens": args.tokens, "rounds": args.rounds}
@@ -225,7 +225,7 @@ def _run_engines(args: argparse.Namespace) -> int:
 
     if args.model or args.draft or args.file:
         raise BlockffnError("--engine: makes its files itself; -m, --draft and -f do not go with it")
-    directory, threads = profile_directory(args.profile), args.threads or physical_cores()
+    directory, threads = profile_directory(args.profile), args.threads or default_threads()
     for text in args.engine:  # before anything is written
         engines.parse_engine(text, Path())
     work = equal_work(kind=args.type, say=_say)

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure what is missing, then show everything."""
     from blockffn.eval.dial import report
     from blockffn.eval.environment import environment, headline
-    from blockffn.threads import physical_cores
+    from blockffn.threads import default_threads
 
     _check(args)
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     path, text, known = _model(args)
     import blockffn
 

@@ -25,7 +25,7 @@ from blockffn.eval.environment import environment
 from blockffn.eval.published import authors
 from blockffn.extras import missing
 from blockffn.gguf_contract import ARCH_EAGLE
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 ORGANISATION = "SparseLLM"  # on the hub; a bare name is looked for there
 PUBLISHED = (
@@ -83,7 +83,7 @@ def verify_published(source: str, options: Options) -> Result:
     steps = [entry for entry in report.values() if isinstance(entry, dict)]
     report["verdict"] = OK if all(step["status"] == OK for step in steps) else FAILED
     report["environment"] = environment() | {
-        "threads": options.threads or physical_cores(),
+        "threads": options.threads or default_threads(),
         "python": platform.python_version(),
     }
     return report
@@ -199,7 +199,7 @@ def speed(where: str, model: Path, options: Options) -> Result:
         quantize(whole, dense, kind)
         whole.unlink()
         pair = [bench.Candidate(str(union), "union"), bench.Candidate(str(dense), "dense")]
-        threads = options.threads or physical_cores()
+        threads = options.threads or default_threads()
         timed = bench.phases(VERIFY, PREFILL)
         text = {"text": _text(options)[0]}
         found = bench.run(pair, text, threads, options.rounds, timed, say=options.say)

@@ -25,7 +25,7 @@ from typing import Any
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench import serving
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 ENDINGS = 4
 LINE = "{name:<34} {n:9} {rate:10.2f} ({low:.2f}-{high:.2f})"
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from blockffn.eval.harness.generation import PARALLEL
     from blockffn.eval.harness.model import BlockffnLM
 
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     n_ctx = args.context + args.ending + args.tokens + 64
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(contextlib.closing(BlockffnLM(args.model, n_ctx=n_ctx, n_threads=threads)))

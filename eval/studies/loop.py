@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def of_streams(llm: Any, text: Sequence[int], nodes: int) -> float:
-    """Return the mean milliseconds of the engine's loop in a step of several texts, each with `nodes` drafted tokens."""
+    """Return the mean milliseconds of the engine's loop in a step of several texts with `nodes` drafted tokens each."""
     import blockffn
     from blockffn.engine.params import GenerationParams
 

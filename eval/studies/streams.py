@@ -25,7 +25,7 @@ from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
 from blockffn.eval.bench import serving
 from blockffn.eval.studies.text import add_model_arguments, model_and_text
-from blockffn.threads import physical_cores
+from blockffn.threads import default_threads
 
 WAYS = ("engine", "serve", "llama-server")
 LINE = "{way:<14} {one:12.1f} ({one_low:.1f}-{one_high:.1f}) {all:12.1f} ({all_low:.1f}-{all_high:.1f}) {ratio:8.2f}"
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     ways = args.ways.split(",")
     if unknown := set(ways) - set(WAYS):
         raise BlockffnError(f"--ways: expected some of {', '.join(WAYS)}, found {', '.join(sorted(unknown))}")
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     path, text = model_and_text(args.shape, args.model, args.file)
     with contextlib.ExitStack() as stack:
         prompts = _prompts(path, text, args)

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     from blockffn.eval.environment import environment, headline
     from blockffn.eval.types import report
     from blockffn.eval.types.measure import types
-    from blockffn.threads import physical_cores
+    from blockffn.threads import default_threads
 
     if args.rounds < 0:
         raise BlockffnError(f"--rounds: expected 0 or more, found {args.rounds}")
-    threads = args.threads or physical_cores()
+    threads = args.threads or default_threads()
     kinds = [kind for kind in args.types.split(",") if kind]
     with resumable(args.output):
         rows = types(

@@ -52,9 +52,9 @@ def types(
 
     Errors: BlockffnError for a quantized model, an unknown type, a short text, another run's file, a full disk.
     """
-    from blockffn.threads import physical_cores
+    from blockffn.threads import default_threads
 
-    threads = threads or physical_cores()
+    threads = threads or default_threads()
     wanted = list(dict.fromkeys(canonical_type(kind) for kind in kinds))
     with _folder(output) as folder:
         source = _source(Path(model), folder)
