@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 
@@ -52,6 +53,16 @@ def test_short_texts(draft_cost: float) -> None:
         Simulation(MACHINES[machine], Single(0.91, draft_cost, seed, 400), seed, 48, 4).choose(()) for seed in range(12)
     ]
     assert np.mean([to_best for to_best, _ in texts]) < 1.06, texts
+
+
+@pytest.mark.parametrize("draft_cost", [0.0, 0.1])
+def test_short_texts_on_a_busy_machine(draft_cost: float) -> None:
+    """Steps that vary by 30 %: a plain step of which little is known, and a time far beyond those measured, mislead."""
+    machine = dataclasses.replace(MACHINES["zen4"], noise=0.3)
+    texts = [Simulation(machine, Single(0.91, draft_cost, seed, 400), seed, 48, 4).choose(TREES) for seed in range(24)]
+    to_best, to_plain = zip(*texts, strict=True)
+    assert np.mean(to_best) < 1.14, to_best
+    assert max(to_plain) < 0.95, to_plain
 
 
 @pytest.mark.parametrize("machine", ["union", "tiny", "zen4", *UNSEEN])

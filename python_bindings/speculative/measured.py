@@ -82,6 +82,10 @@ class StepTimes:
         """Return how many measurements of this size count."""
         return len(self._of[tokens].last) if tokens in self._of else 0
 
+    def largest(self) -> int:
+        """Return the largest size that is known, 0 before the first measurement."""
+        return self._sizes[-1] if self._sizes else 0
+
     def begin(self) -> None:
         """Start a generation: the next step is a first one."""
         self._previous = -1
