@@ -86,7 +86,8 @@ def test_loop_overhead(stock_model: Path, text: Path, capsys: pytest.CaptureFixt
     assert main(["bench", "loop", "-m", str(stock_model), "-f", str(text), "-t", "1", "--tokens", "60"]) == 0
     output = capsys.readouterr().out
     rows = json.loads(output.splitlines()[-1])["rows"]
-    assert [row["draft"] for row in rows] == list(loop.PLANS)
+    assert [row["draft"] for row in rows] == [*loop.PLANS, "streams 8", "streams 8 x chain 4"]
+    assert all(row["loop_ms"] > 0.0 for row in rows)
     assert "leaf_sets" in output  # the profile names functions of ours
 
 
