@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blockffn.errors import BlockffnError
 
@@ -63,7 +63,11 @@ class Channel:
 
     def _last_words(self) -> str:
         self.process.wait()
-        self.log.seek(0)
-        lines = [line.strip() for line in self.log.read().splitlines() if line.strip()]
-        last = lines[-1] if lines else "no message"
-        return f"the benchmark process ended with code {self.process.returncode}: {last}"
+        return f"the benchmark process ended with code {self.process.returncode}: {last_line(self.log)}"
+
+
+def last_line(log: IO[str]) -> str:
+    """Return the last line of a log that says something."""
+    log.seek(0)
+    lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -16,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from blockffn import library
 from blockffn.errors import BlockffnError
+from blockffn.eval.bench.process import last_line
 
 START, STOP, ANSWER = 120.0, 10.0, 600.0  # seconds until a server has started, has stopped, has answered
 
@@ -68,15 +69,12 @@ def complete(base: str, body: dict[str, Any]) -> dict[str, Any]:
         raise BlockffnError(f"{base}: {error}") from error
 
 
-def _wait(name: str, base: str, process: subprocess.Popen[Any], log: Any) -> None:
+def _wait(name: str, base: str, process: subprocess.Popen[Any], log: IO[str]) -> None:
     """Wait until /health says that the server answers."""
     end = time.monotonic() + START
     while time.monotonic() < end:
         if process.poll() is not None:
-            log.seek(0)
-            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
-            said = lines[-1] if lines else "no message"
-            raise BlockffnError(f"{name}: the server ended with code {process.returncode}: {said}")
+            raise BlockffnError(f"{name}: the server ended with code {process.returncode}: {last_line(log)}")
         with contextlib.suppress(OSError):  # not listening yet, or 503 while the model is loaded
             with urllib.request.urlopen(f"{base}/health", timeout=5) as response:
                 if response.status == 200:
