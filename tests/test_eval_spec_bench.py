@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,6 +231,9 @@ def test_a_worker_that_dies_is_an_error(stock_model: Path, questions: Path, tmp_
         assert process.poll() is None
         found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         children = [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in children:  # Ctrl-C is the parent's: blocked from the first instruction
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert blocked is not None and int(blocked[1], 16) >> signal.SIGINT - 1 & 1
     os.kill(children[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "ended with code -9" in errors and "Traceback" not in errors

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -96,6 +97,7 @@ def _received(channel: Connection, worker: BaseProcess) -> dict[str, Record] | N
 def _started(crew: Crew, count: int) -> Generator[list[tuple[Connection, BaseProcess]], None, None]:
     """Start the workers and end them at the end, whatever they do."""
     context = multiprocessing.get_context("spawn")  # a copy of a process that has loaded the library would hang
+    resource_tracker.ensure_running()  # else the first start would do it, and unblock SIGINT on the way
     workers: list[tuple[Connection, BaseProcess]] = []
     try:
         for index, cores in enumerate(core_sets(sorted(os.sched_getaffinity(0)), count)):
