@@ -206,6 +206,15 @@ def test_times_interpolate_and_clip_outliers() -> None:
     assert times.predict(1) == pytest.approx(1.0, rel=0.05)
 
 
+def test_a_smaller_step_costs_at_least_its_share() -> None:
+    """The line through disturbed times may cross zero above one token."""
+    times = StepTimes()
+    for tokens, seconds in ((5, 1.0), (5, 1.0), (13, 9.0), (13, 9.0)):
+        times.add(tokens, seconds)
+    assert times.predict(1) == pytest.approx(0.2)
+    assert times.predict(21) == pytest.approx(17.0)
+
+
 def test_a_slower_machine_slows_every_size() -> None:
     times = StepTimes()
     for tokens, seconds in ((1, 1.0), (5, 3.0)):

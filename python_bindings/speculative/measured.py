@@ -144,14 +144,19 @@ class StepTimes:
         return self._of[low].median + slope * (tokens - low)
 
     def _beyond(self, tokens: int) -> float:
-        """Return the relative time of a size beyond the measured ones, where the time is a line."""
+        """Return the relative time of a size beyond the measured ones, where the time is a line.
+
+        A part of the tokens never costs less than its share: one step of n tokens is no slower than n of one.
+        """
         first, last = self._sizes[0], self._sizes[-1]
         if first == last:
             slope = self._slope * self._of[first].median / (1 + self._slope * (first - 1))
         else:
             slope = max(0.0, (self._of[last].median - self._of[first].median) / (last - first))
         end = first if tokens < first else last
-        return max(0.0, self._of[end].median + slope * (tokens - end))
+        known = self._of[end].median
+        line = known + slope * (tokens - end)
+        return max(line, known * tokens / end) if tokens < end else line
 
 
 class Acceptance:
