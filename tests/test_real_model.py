@@ -13,6 +13,7 @@ import pytest
 import blockffn
 from blockffn import library
 from blockffn.cli import main
+from blockffn.speculative.policy import Plan
 
 COUNTING = "List the numbers from 1 to 20:\n1, 2, 3, 4, 5, 6,"
 LENGTH = 48
@@ -26,7 +27,7 @@ def llm(real_model: Path) -> Iterator[blockffn.Llama]:
 
 def greedy(llm: blockffn.Llama, drafter: str | None, exact: bool) -> tuple[str, dict[str, int]]:
     """Return the greedy continuation of COUNTING and what its drafts were worth."""
-    llm.speculate(drafter, exact)
+    llm.speculate(drafter, exact, None if drafter is None else Plan(4))  # the automatic choice goes by the clock
     out = llm.create_completion(COUNTING, max_tokens=LENGTH, temperature=0.0)
     return out["choices"][0]["text"], out["speculation"]
 
