@@ -177,6 +177,7 @@ struct bench_args {
     double               active = ACTIVE_SHARE;
     std::vector<int64_t> past;              // --attention
     bool                 products = false;  // --subject products
+    bool                 alone    = false;  // --subject ours: no peers, to compare two builds of ours
     std::vector<int64_t> tokens   = { 1, 2, 4, 8, 16, 32, 128, 512 };
     std::string          shapes = "1.2B,3B,DECO-1.2B", types = "q4_0,q8_0,f16";
 };
@@ -200,7 +201,9 @@ bench_row bench_tokens(ggml_backend_t                   backend,
 
     std::vector<candidate> all;
     for (const ffn_weights & w : weights) {
-        all.push_back(make_candidate(w.dense ? kind::dense : kind::mul_mat_id, w, s, n, r));
+        if (!args.alone) {
+            all.push_back(make_candidate(w.dense ? kind::dense : kind::mul_mat_id, w, s, n, r));
+        }
         if (!w.dense && &w == &weights.back()) {  // the loader's choice: the last buffer type that takes the experts
             all.push_back(make_candidate(kind::ours, w, s, n, r));
             if (s.norm_silu) {
@@ -268,12 +271,15 @@ void print_rows(const std::vector<bench_row> & rows,
         printf(
             "{\"shape\": \"%s\", \"type\": \"%s\", \"n\": %d, \"threads\": %d, \"ours_ms\": %.4f, \"ours_min_ms\": "
             "%.4f, "
-            "\"ours_buffer\": \"%s\", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, "
-            "\"mul_mat_id_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
+            "\"ours_buffer\": \"%s\", \"spread\": %.4f, \"union_share\": %.4f, \"active_share\": %.4f, "
             "\"bandwidth_gbs\": %.2f, \"peak_gmacs\": %.1f, \"fraction_of_limit\": %.4f",
             s.name, ggml_type_name(type), (int) r.n, args.n_threads, r.ours_ms, r.ours_min_ms, r.ours_buffer.c_str(),
-            r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str(), r.ours_spread, r.union_share, active, gbs,
-            peak, limit / r.ours_ms);
+            r.ours_spread, r.union_share, active, gbs, peak, limit / r.ours_ms);
+        if (!args.alone) {
+            printf(
+                ", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, \"mul_mat_id_buffer\": \"%s\"",
+                r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str());
+        }
         if (s.norm_silu) {
             printf(", \"norm_silu_ms\": %.4f, \"norm_silu_ratio\": %.4f", r.norm_silu_ms, r.norm_silu_ratio);
         }
@@ -292,6 +298,9 @@ void bench_shape(ggml_backend_t                backend,
 
     std::vector<ffn_weights> weights;
     for (bool dense : { true, false }) {
+        if (dense && args.alone) {
+            continue;
+        }
         for (ggml_backend_buffer_type_t buft : cpu_buffer_types()) {
             if (buffer_takes(buft, type, dense, s)) {
                 weights.push_back(make_weights(buft, type, dense, s, n_layers));
@@ -318,7 +327,7 @@ std::vector<std::string> split(const std::string & text) {
 int usage(const char * what) {
     fprintf(stderr,
             "error: %s\nusage: bench-ops [--threads N] [--shapes 1.2B,3B,DECO-1.2B] [--types q4_0,q8_0,f16] "
-            "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N]\n"
+            "[--tokens 1,2,4,8,16,32,128,512] [--active 0.2] [--reps N] [--subject ffn|ours]\n"
             "       bench-ops --subject products [--threads N] [--tokens 1,4,8,32] [--reps N]\n"
             "       bench-ops --attention PAST,PAST,... [--threads N] [--tokens 1,4,8,32] [--reps N]\n",
             what);
@@ -358,7 +367,8 @@ int main(int argc, char ** argv) {
             }
         } else if (key == "--subject") {
             args.products = strcmp(argv[i + 1], "products") == 0;
-            if (!args.products && strcmp(argv[i + 1], "ffn") != 0) {
+            args.alone    = strcmp(argv[i + 1], "ours") == 0;
+            if (!args.products && !args.alone && strcmp(argv[i + 1], "ffn") != 0) {
                 return usage(("unknown subject " + std::string(argv[i + 1])).c_str());
             }
         } else if (key == "--shapes") {
