@@ -85,7 +85,7 @@ demo: setup
 test: setup
 	$(PY) -m pytest
 
-# Every module that takes no more than a few seconds (tests/conftest.py): below a minute.
+# Every module that takes no more than two seconds (tests/conftest.py): half a minute.
 test-quick: setup
 	$(PY) -m pytest -m "not slow"
 
