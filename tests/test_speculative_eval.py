@@ -12,6 +12,8 @@ import pytest
 
 from blockffn import library
 from blockffn.cli import main
+from blockffn.eval.planted import files as planted_files
+from blockffn.eval.planted import head as planted_head
 from blockffn.eval.studies import choice, differences, exact, loop
 from blockffn.speculative.measured import StepTimes
 
@@ -43,6 +45,21 @@ def test_choice(
     assert max(sum(steps.values()) for steps in every["steps_by_size"]) <= 20  # everything is
     median, lowest, highest = every["to_best"]
     assert lowest <= median <= highest and lowest <= every["automatic"] / every["best_rate"] <= highest
+
+
+def test_choice_beside_a_head(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plans asked for, with a head whose time counts and whose tokens do not."""
+    models = planted_files.models("tiny", folder=tmp_path)
+    head = planted_head.head(models, n_draft=500)
+    command = ["-m", str(models.union), "-f", str(text), "-t", "1", "--past", "16", "--tokens", "24", "--segment", "12"]
+    command += ["--acceptance", "1", "--repeats", "1", "--plans", "chain 2,chain 3"]
+    assert main(["bench", "choice", *command, "--head", str(head)]) == 0
+    found = last_line(capsys)
+    assert found["environment"]["head"] == str(head)
+    assert list(found["rows"][0]["rates"]) == ["plain", "automatic", "chain 2", "chain 3"]
+    with pytest.raises(SystemExit):
+        main(["bench", "choice", *command, "--plans", "chain two"])
+    assert "expected auto, chain N or tree N" in capsys.readouterr().err
 
 
 def test_exact_cost(stock_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

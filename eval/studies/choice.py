@@ -2,6 +2,7 @@
 
     $ blockffn bench choice --shape 1.2b           # a planted model (eval/planted/model.py)
     $ blockffn bench choice -m model.gguf -f text.txt --acceptance 0,0.6,0.9
+    $ blockffn bench choice --head head.gguf --plans 'chain 2,chain 3,chain 4' --acceptance 0.9
 
 The model follows a given text (its logits are computed, the next token is the text's), and a drafter that knows the
 text guesses each token with the given probability. Which tokens it guesses is drawn beforehand, so that all candidates
@@ -10,7 +11,8 @@ choice, which starts knowing nothing. They take turns on every segment of the te
 All this is repeated with other luck: the ratios are medians over the repeats, with the lowest and the highest.
 
 The drafter is blockffn.speculative.ScriptedDrafter, whose second and later guesses make trees worth their nodes.
-Fixed plans that a short calibration finds hopeless are left out; `--all` measures every one. Ends with a line of JSON.
+Fixed plans that a short calibration finds hopeless are left out; `--all` measures every one, `--plans` those named.
+`--head` lets an EAGLE head draft beside it, for its time: chains only. Ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockffn.commands.common import count
-from blockffn.eval.bench.plans import plan_name
+from blockffn.errors import BlockffnError
+from blockffn.eval.bench.plans import named, parse_plan, plan_name
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
 from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.drafter import Context, Drafter
@@ -121,13 +124,19 @@ class Experiment:
         self.drafting: Any = blockffn.Llama(path, n_ctx=n_ctx, n_threads=threads)
         self.truth = text(self.drafting, n_ctx)
         self.n_threads = int(self.drafting.n_threads)
+        self.head: Drafter | None = None
         self.drafting.speculate(self.drafter(0.5))
         self.seconds = self.calibrate()
+        if settings.head is not None:
+            self.head = blockffn.EagleDrafter(settings.head, self.drafting)
+            self.drafting.speculate(self.drafter(0.5))
 
     def drafter(self, acceptance: float, seed: int = 0) -> ScriptedDrafter:
         """Return a drafter that guesses a token with this probability; the draw depends on the seed only."""
         n_vocab = self.drafting.n_vocab()
-        return ScriptedDrafter(self.truth, acceptance, n_vocab, seed, CHILDREN, LARGEST, by_place=True)
+        return ScriptedDrafter(
+            self.truth, acceptance, n_vocab, seed, CHILDREN, LARGEST, by_place=True, beside=self.head
+        )
 
     def candidate(self, name: str, drafter: Drafter, fixed: Plan | None) -> Candidate:
         """Return a way to decode with a policy of its own."""
@@ -154,9 +163,13 @@ class Experiment:
         return found
 
     def promising(self, drafter: ScriptedDrafter) -> list[Plan]:
-        """Return the fixed plans worth measuring: the best by calibration, and those near the best."""
-        rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in PLANS}
-        order = sorted(PLANS, key=lambda plan: -rate[plan])
+        """Return the fixed plans worth measuring: those asked for, or the best by calibration and those near it."""
+        if self.settings.plans:
+            return [plan for name in self.settings.plans if (plan := parse_plan(name)) is not None]
+        longest, sizes = limits(drafter)
+        plans = [plan for plan in PLANS if (plan.nodes in sizes if plan.tree else plan.nodes <= longest)]
+        rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in plans}
+        order = sorted(plans, key=lambda plan: -rate[plan])
         if self.settings.every:
             return order
         best = max(rate[order[0]], 1 / self.seconds[PLAIN])
@@ -179,12 +192,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is decoded: `tokens` after `past` others, by turns of `segment`."""
+    """How much is decoded: `tokens` after `past` others, by turns of `segment`; and with which fixed plans and head."""
 
     past: int
     tokens: int
     segment: int
     every: bool = False
+    plans: tuple[str, ...] = ()
+    head: str | None = None
 
 
 def compare(acceptance: float, repeats: Sequence[Sequence[Candidate]]) -> dict[str, Any]:
@@ -235,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the experiment for every acceptance, print the table and one line of JSON."""
     from blockffn.eval.environment import environment, headline
 
-    settings = Settings(args.past, args.tokens, args.segment, args.all)
+    settings = Settings(args.past, args.tokens, args.segment, args.all, args.plans, args.head)
     path, text = model_and_text(args.shape, args.model, args.file)
     experiment = Experiment(path, text, args.threads, settings)
     where = environment() | {"threads": experiment.n_threads, "model": Path(path).name} | vars(settings)
@@ -266,6 +281,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--past", type=count, default=128, metavar="N", help="tokens before (default: 128)")
     parser.add_argument("-t", "--threads", type=count, metavar="N", help="threads (default: physical cores)")
     parser.add_argument("--all", action="store_true", help="measure every fixed plan")
+    parser.add_argument("--plans", type=_plans, default=(), metavar="P,P", help="measure these: chain 3, tree 8, ...")
+    parser.add_argument("--head", metavar="H.gguf", help="an EAGLE head that drafts beside, for its time")
+
+
+def _plans(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    try:
+        named(*names)
+    except BlockffnError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def _rates(text: str) -> tuple[float, ...]:
