@@ -277,7 +277,8 @@ void print_rows(const std::vector<bench_row> & rows,
             r.ours_spread, r.union_share, active, gbs, peak, limit / r.ours_ms);
         if (!args.alone) {
             printf(
-                ", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, \"mul_mat_id_buffer\": \"%s\"",
+                ", \"dense_ms\": %.4f, \"dense_buffer\": \"%s\", \"mul_mat_id_ms\": %.4f, \"mul_mat_id_buffer\": "
+                "\"%s\"",
                 r.dense_ms, r.dense_buffer.c_str(), r.id_ms, r.id_buffer.c_str());
         }
         if (s.norm_silu) {
