@@ -87,11 +87,15 @@ class Guesses:
         self.run = [0] * (tokens + 101)  # how many first guesses in a row are right
         for at in range(tokens + 99, -1, -1):
             self.run[at] = self.run[at + 1] + 1 if self.right[at] == 0 else 0
+        self._chains: dict[tuple[int, str], Draft] = {}
         self._trees: dict[int, tuple[dict[tuple[int, int], int], int, Draft]] = {}
 
     def chain(self, at: int, n: int, source: str) -> tuple[Draft, int]:
         """Return a chain of `n` tokens and how many of them are right."""
-        return Draft(np.zeros(n, np.int32), np.arange(-1, n - 1), True, source), min(n, self.run[at])
+        draft = self._chains.get((n, source))
+        if draft is None:
+            draft = self._chains[n, source] = Draft(np.zeros(n, np.int32), np.arange(-1, n - 1), True, source)
+        return draft, min(n, self.run[at])
 
     def tree(self, at: int, n: int, levels: int, source: str) -> tuple[Draft, int]:
         """Return the tree of the `n` likeliest nodes and how many are right, of the first `levels` levels."""
