@@ -129,7 +129,7 @@ def test_an_error_of_one_text_is_its_own(engine: Engine) -> None:
         raise ZeroDivisionError("in a processor")
 
     bad = engine.submit("abc", GenerationParams(max_tokens=5, logits_processor=[fail]))
-    good = engine.submit("abc", GenerationParams(max_tokens=5))
+    good = engine.submit("abc", GenerationParams(max_tokens=5, ignore_eos=True))
     assert len(good.wait().tokens) == 5
     with pytest.raises(ZeroDivisionError, match="in a processor"):
         bad.wait()
@@ -246,11 +246,11 @@ def test_queue_limit_and_close(stock_model: Path) -> None:
         gate.wait(10)
         return scores
 
-    first = engine.submit("a", GenerationParams(max_tokens=2, logits_processor=[hold]))
+    first = engine.submit("a", GenerationParams(max_tokens=2, ignore_eos=True, logits_processor=[hold]))
     deadline = time.monotonic() + 10
     while not engine.statistics()["running"] and time.monotonic() < deadline:
         time.sleep(0.001)
-    second = engine.submit("b", GenerationParams(max_tokens=2))
+    second = engine.submit("b", GenerationParams(max_tokens=2, ignore_eos=True))
     with pytest.raises(QueueFull, match="1 texts wait already"):
         engine.submit("c")
     gate.set()
