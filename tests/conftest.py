@@ -19,19 +19,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Modules that take more than two seconds; `make test-quick` leaves them out. A new module is quick until it is named.
 SLOW = {
-    "test_advisor", "test_convert_eagle", "test_convert_layouts", "test_convert_mutations",
-    "test_convert_roundtrip", "test_convert_vocab", "test_convert_writer", "test_corpus", "test_dependencies",
-    "test_dial", "test_eagle_training", "test_engine_exact", "test_eval_bench", "test_eval_bench_activation",
-    "test_eval_bench_engines", "test_eval_bench_nodes", "test_eval_bench_peers", "test_eval_bench_serving",
-    "test_eval_bench_speculative", "test_eval_demo", "test_eval_dial", "test_eval_equal", "test_eval_harness",
-    "test_eval_harness_scorer", "test_eval_memory", "test_eval_planted", "test_eval_profile", "test_eval_published",
-    "test_eval_report", "test_eval_resume", "test_eval_spec_bench", "test_eval_types", "test_examples",
-    "test_inspect", "test_library", "test_loader", "test_model_features", "test_models", "test_open_streams",
-    "test_ops", "test_parity", "test_parity_deco", "test_programs", "test_quantize", "test_readme",
-    "test_real_model", "test_router_invariance", "test_sampling", "test_serve_api", "test_serve_clients",
-    "test_serve_limits", "test_serve_page", "test_server", "test_speculative_cases", "test_speculative_eagle",
-    "test_speculative_eval", "test_speculative_exact", "test_speculative_policy", "test_speculative_soak",
-    "test_trainer", "test_wheel",
+    "test_advisor", "test_cli", "test_convert_eagle", "test_convert_errors", "test_convert_layouts",
+    "test_convert_mutations", "test_convert_roundtrip", "test_convert_vocab", "test_convert_writer", "test_corpus",
+    "test_dependencies", "test_dial", "test_eagle_training", "test_engine_exact", "test_eval_bench",
+    "test_eval_bench_activation", "test_eval_bench_engines", "test_eval_bench_nodes", "test_eval_bench_peers",
+    "test_eval_bench_serving", "test_eval_bench_speculative", "test_eval_demo", "test_eval_dial", "test_eval_equal",
+    "test_eval_harness", "test_eval_harness_scorer", "test_eval_memory", "test_eval_planted", "test_eval_profile",
+    "test_eval_published", "test_eval_report", "test_eval_resume", "test_eval_spec_bench", "test_eval_types",
+    "test_examples", "test_inspect", "test_library", "test_loader", "test_model_features", "test_models",
+    "test_open_streams", "test_ops", "test_parity", "test_parity_deco", "test_programs", "test_quantize",
+    "test_readme", "test_real_model", "test_reference", "test_router_invariance", "test_sampling", "test_serve_api",
+    "test_serve_clients", "test_serve_limits", "test_serve_page", "test_server", "test_speculate",
+    "test_speculative_cases", "test_speculative_eagle", "test_speculative_eval", "test_speculative_exact",
+    "test_speculative_policy", "test_speculative_soak", "test_trainer", "test_wheel",
 }  # fmt: skip
 
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
