@@ -132,9 +132,10 @@ class Policy:
         self._gained += gain
         self._took += took / plain
         self._tokens, self._seconds = self._tokens + step.tokens, self._seconds + took
-        if self._lost() <= 0.0:
+        lost = self._lost()
+        if lost <= 0.0:
             self._tokens = self._seconds = 0.0
-        elif self._lost() > self._limit:
+        elif lost > self._limit:
             self._hold = 0
 
     def _choose(self) -> tuple[Plan, int]:
