@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         return report.run(args)
     from blockffn.eval.bench import models as bench
     from blockffn.eval.bench import report as bench_report
+    from blockffn.eval.bench.plans import plan_names
     from blockffn.eval.environment import environment, profile_directory
 
     if args.ops:
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or default_threads()
     timed = bench.phases(_sizes(args.verify or _listed(bench.VERIFY)), args.prefill)
     if args.acceptance or args.draft:
-        timed = bench.speculative_phases(timed, _plans(args.plans), _rates(args.acceptance), args.tokens)
+        timed = bench.speculative_phases(timed, plan_names(args.plans), _rates(args.acceptance), args.tokens)
     result = bench.run(candidates, text, threads, args.rounds, timed, args.past, directory, _say, args.exact)
     where: dict[str, Any] = environment(directory) | {"threads": threads, "past": args.past, "rounds": args.rounds}
     where |= {"type": args.type if args.model is None else None, "exact": args.exact, "buffers": result.buffers}
@@ -257,16 +258,6 @@ def _is_head(draft: str) -> bool:
     from blockffn import _capi, gguf_contract
 
     return draft != "ngram" and _capi.read_header(draft).architecture == gguf_contract.ARCH_EAGLE
-
-
-def _plans(value: str) -> list[str]:
-    from blockffn.eval.bench.plans import parse_plan
-
-    plans = [" ".join(part.replace(":", " ").split()) for part in value.split(",") if part.strip()]
-    for plan in plans:
-        if parse_plan(plan) is not None and not parse_plan(plan).nodes:  # type: ignore[union-attr]
-            raise BlockffnError("--plans: plain decoding is measured anyway; expected auto, chain N or tree N")
-    return plans or ["auto"]
 
 
 def _rates(value: str | None) -> list[float | None]:

@@ -32,3 +32,11 @@ def plan_name(plan: Plan) -> str:
 def named(*names: str) -> dict[str, Plan]:
     """Return fixed plans by their names."""
     return {name: plan for name in names if (plan := parse_plan(name)) is not None}
+
+
+def plan_names(words: str) -> list[str]:
+    """Return the plans of an argument, "chain 4,tree:8": "auto" for none. Errors: BlockffnError, for "plain" too."""
+    plans = [" ".join(part.replace(":", " ").split()) for part in words.split(",") if part.strip()]
+    if Plan() in map(parse_plan, plans):
+        raise BlockffnError("--plans: plain decoding is measured anyway; expected auto, chain N or tree N")
+    return plans or ["auto"]

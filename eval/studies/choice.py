@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from blockffn.commands.common import count
 from blockffn.errors import BlockffnError
-from blockffn.eval.bench.plans import named, parse_plan, plan_name
+from blockffn.eval.bench.plans import named, plan_name, plan_names
 from blockffn.eval.studies.text import Text, add_model_arguments, model_and_text
 from blockffn.speculative import ScriptedDrafter
 from blockffn.speculative.drafter import Context, Drafter
@@ -165,7 +165,7 @@ class Experiment:
     def promising(self, drafter: ScriptedDrafter) -> list[Plan]:
         """Return the fixed plans worth measuring: those asked for, or the best by calibration and those near it."""
         if self.settings.plans:
-            return [plan for name in self.settings.plans if (plan := parse_plan(name)) is not None]
+            return list(named(*self.settings.plans).values())
         longest, sizes = limits(drafter)
         plans = [plan for plan in PLANS if (plan.nodes in sizes if plan.tree else plan.nodes <= longest)]
         rate = {plan: drafter.expected(plan.nodes, plan.tree) / self.seconds[plan] for plan in plans}
@@ -286,12 +286,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plans(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
     try:
-        named(*names)
+        return tuple(plan_names(text))
     except BlockffnError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return names
 
 
 def _rates(text: str) -> tuple[float, ...]:
