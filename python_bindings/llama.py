@@ -67,7 +67,7 @@ class Llama(llama_cpp.Llama):
     sampling: "coupled" draws tokens with noise that depends on seed, position and token alone, which draft models and
         heads share; "stock" draws as llama_cpp does, the same tokens for the same seed.
     draft_model: a llama_cpp.llama_speculative.LlamaDraftModel, as llama_cpp.Llama takes it; used like a drafter.
-    ffn: "union" (sparse op) or "dense" (every expert, stock ops).
+    ffn: "union" (sparse op) or "dense" (every expert, stock ops). Models without our experts: our kernels, stock ones.
     router_threshold: skip, for every token, the experts below this share of its largest score; 0 skips none, None takes
         what the file says. union_budget: most experts per layer that a verified batch computes; 0 is no bound. Both can
         be set later (see blockffn.dial).
@@ -115,12 +115,13 @@ class Llama(llama_cpp.Llama):
         self._threshold = dial.checked_threshold(router_threshold)
         self._budget = dial.checked_budget(union_budget, exact)
         opened = open_drafter(drafter) if draft_model is None else LlamaDraftModelDrafter(draft_model)
+        header = _capi.read_header(model_path)
         overrides = dict(kv_overrides or {})
         if ffn == "dense":
-            overrides[gguf_contract.key(gguf_contract.FFN_DENSE)] = True
+            overrides[gguf_contract.key(gguf_contract.FFN_DENSE, header.architecture)] = True
         threads = n_threads or default_threads()
         logs.install(verbose)
-        context = _checked_context(model_path, n_ctx)
+        context = _checked_context(model_path, header, n_ctx)
         with logs.collect() as lines:
             try:
                 super().__init__(
@@ -535,9 +536,8 @@ class Llama(llama_cpp.Llama):
         return self._evaluator
 
 
-def _checked_context(model_path: str | Path, n_ctx: int | None) -> int:
-    """Return the context length to reserve, after a look at the header of the file."""
-    header = _capi.read_header(model_path)
+def _checked_context(model_path: str | Path, header: _capi.Header, n_ctx: int | None) -> int:
+    """Return the context length to reserve, by the header of the file."""
     if header.architecture == gguf_contract.ARCH_EAGLE:
         raise BlockffnError(
             f"{model_path}: this is a draft head ({header.architecture}), not a model: load the model it was made for "

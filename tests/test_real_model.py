@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import blockffn
@@ -52,6 +53,17 @@ def test_exact_mode_reproduces_its_plain_text(llm: blockffn.Llama) -> None:
     assert figures["accepted"] > 0
     assert drafted == plain
     assert " 7, 8, 9, 10, 11, 12" in plain
+
+
+def test_runs_on_our_kernels_and_on_stock_ones_if_asked(real_model: Path, llm: blockffn.Llama) -> None:
+    """Rounding differs between the two, and nothing else."""
+    tokens = llm.tokenize(COUNTING.encode())
+    ours = llm.logits(tokens)
+    with blockffn.Llama(str(real_model), n_ctx=256, n_threads=2, ffn="dense") as stock:
+        theirs = stock.logits(tokens)
+    assert not np.array_equal(ours, theirs)
+    assert float(np.square(ours - theirs).sum() / np.square(theirs).sum()) < 1e-3
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() >= 0.9
 
 
 def test_has_no_experts(llm: blockffn.Llama) -> None:

@@ -10,7 +10,7 @@
 
 The honest dense baseline is a file of the dense layout (`blockffn convert --layout dense`), which stock llama.cpp runs
 with plain matrix products in its best buffers. Without --dense the expert-layout file itself runs densely, which is
-slower than that and says so.
+slower than that and says so. A model of another architecture runs on our kernels and on ggml's own ("dense").
 """
 
 from __future__ import annotations
@@ -240,6 +240,8 @@ def _planted(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
 
 def _given(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     from blockffn.eval.bench.models import Candidate
+    from blockffn.gguf_contract import ARCH
+    from blockffn.gguf_file import read_gguf
     from blockffn.inspection import SAMPLE_TEXT
 
     drafts = args.draft or []
@@ -247,7 +249,7 @@ def _given(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
         if path is not None and not Path(path).is_file():
             raise BlockffnError(f"{path}: no such file")
     text = SAMPLE_TEXT if args.file is None else Path(args.file).read_text(encoding="utf-8")
-    if args.dense is None:
+    if args.dense is None and read_gguf(args.model).metadata["general.architecture"] == ARCH:
         _say("note: dense runs the expert-layout file; give --dense a file of `blockffn convert --layout dense`")
     candidates = [Candidate(args.model, "union"), Candidate(args.dense or args.model, "dense")]
     candidates += [Candidate(args.model, "union", draft, trees=args.tree and _is_head(draft)) for draft in drafts]

@@ -4,7 +4,7 @@
 
 Every engine is a llama-bench, called with the same arguments in turn: n tokens at once for some n, then decoding. It
 gets the qwen3moe file of blockffn.eval.planted.equal_work; ours runs its own file of the same matrices. "llama.cpp" is
-the llama-bench of the patched tree on the stock file: stock kernels for all products, our attention.
+the llama-bench of the patched tree on the stock file: on stock kernels.
 """
 
 from __future__ import annotations

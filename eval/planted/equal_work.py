@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from blockffn import gguf_contract
 from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import model as planted
 from blockffn.eval.planted.files import Say
@@ -98,6 +99,7 @@ def _write_header(writer: Any, shape: PlantedShape) -> None:
     writer.add_expert_used_count(used)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head)
+    writer.add_bool(gguf_contract.key(gguf_contract.FFN_DENSE, "qwen3moe"), True)  # stock kernels in our tree too
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)

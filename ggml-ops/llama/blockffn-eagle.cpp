@@ -88,7 +88,6 @@ llama_model_blockffn_eagle::graph::graph(const llama_model_blockffn_eagle & mode
     cb(cur, "result_output", -1);
     res->t_logits = cur;
     ggml_build_forward_expand(gf, cur);
-    blockffn_hint_token_tiles(gf);
 }
 
 // fc [norm(embedding) | norm(hidden state)] + bias

@@ -13,21 +13,13 @@ static_assert((int) BLOCKFFN_ROUTER_NORM_SUM == (int) GGML_ROUTER_NORM_SUM, "rou
 static_assert((int) BLOCKFFN_ROUTER_BIAS_RMS == (int) GGML_ROUTER_BIAS_RMS, "router biases differ");
 static_assert((int) BLOCKFFN_ACTIVATION_NORM_SILU_NORMS == (int) GGML_UNION_ACT_NORM_SILU_NORMS, "activations differ");
 
-void blockffn_hint_token_tiles(ggml_cgraph * gf) {
+void blockffn_choose_kernels(const llama_model & model, ggml_cgraph * gf) {
     for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
         ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op == GGML_OP_MUL_MAT && node->op_params[1] == GGML_HINT_NONE) {
-            ggml_mul_mat_set_hint(node, GGML_HINT_TOKEN_TILES);
-        }
-    }
-}
-
-// Attention as ggml's own kernels compute it.
-static void ask_for_stock_attention(ggml_cgraph * gf) {
-    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
-        ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        if (model.stock_kernels && node->op == GGML_OP_FLASH_ATTN_EXT) {
             ggml_flash_attn_set_row_by_row(node);
+        } else if (!model.stock_kernels && node->op == GGML_OP_MUL_MAT && node->op_params[1] == GGML_HINT_NONE) {
+            ggml_mul_mat_set_hint(node, GGML_HINT_TOKEN_TILES);
         }
     }
 }
@@ -39,6 +31,7 @@ std::unique_ptr<llm_graph_context> llama_model_blockffn::build_arch_graph(const 
 llama_model_blockffn::graph::graph(const llama_model_blockffn & model, const llm_graph_params & params) :
     llm_graph_context(params),
     bf(model.blockffn),
+    stock(model.stock_kernels),
     threshold(cparams.router_threshold < 0.0f ? bf.router_threshold : cparams.router_threshold),
     budget(ubatch.n_tokens > 1 ? cparams.union_budget : 0) {
     if (bf.rope_dynamic_factor > 0.0f && cparams.n_ctx_seq > hparams.n_ctx_train) {
@@ -95,11 +88,6 @@ llama_model_blockffn::graph::graph(const llama_model_blockffn & model, const llm
     cb(cur, "result_output", -1);
     res->t_logits = cur;
     ggml_build_forward_expand(gf, cur);
-    if (bf.dense_layout || bf.ffn_dense) {  // the stock graph on stock kernels, the yardstick of every benchmark
-        ask_for_stock_attention(gf);
-    } else {
-        blockffn_hint_token_tiles(gf);
-    }
 }
 
 // Multi-head latent attention in absorbed form: one shared key [kv_rank + rope] per token is all that the cache holds.
@@ -200,7 +188,7 @@ static bool has_lora(const llama_adapter_loras & loras, const llama_layer & laye
 // which watches matrix products), not with an adapter, whose products only the dense graph has, and only where the
 // device of the weights knows the op.
 bool llama_model_blockffn::graph::runs_union_op(const llama_layer & layer, ggml_tensor * cur) {
-    if (bf.dense_layout || bf.ffn_dense || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || has_lora(*loras, layer)) {
+    if (stock || bf.router_norm == BLOCKFFN_ROUTER_NORM_NORMAL || has_lora(*loras, layer)) {
         return false;
     }
     ggml_tensor *         scores = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_expert, cur->ne[1]);
@@ -246,7 +234,7 @@ llama_model_blockffn::graph::routing llama_model_blockffn::graph::build_router(c
         product = product->src[0];
     }
     ggml_prec_set_acc(product, GGML_PREC_F32);
-    if (!bf.dense_layout && !bf.ffn_dense) {
+    if (!stock) {
         hint_batch_invariant(logits, cur);
     }
     cb(logits, "ffn_router_logits", il);

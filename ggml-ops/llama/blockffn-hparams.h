@@ -42,7 +42,6 @@ struct blockffn_hparams {
     float                router_threshold  = 0.0f;  // experts below this share of the token's largest score are skipped
 
     bool  dense_layout        = false;              // experts stored as two-dimensional matrices
-    bool  ffn_dense           = false;              // run experts densely: --override-kv blockffn.ffn_dense=bool:true
     float rope_dynamic_factor = 0.0f;               // dynamic NTK, which nothing computes: 0 where absent
 };
 

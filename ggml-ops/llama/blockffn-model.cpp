@@ -135,7 +135,7 @@ void llama_model_blockffn::load_expert_hparams(llama_model_loader & ml) {
 
     static const char * const layouts[] = { "expert", "dense" };
     bf.dense_layout                     = get_named<int>(ml, LLM_KV_EXPERT_LAYOUT, layouts) == 1;
-    ml.get_key(LLM_KV_FFN_DENSE, bf.ffn_dense, false);
+    stock_kernels                       = stock_kernels || bf.dense_layout;
 }
 
 //

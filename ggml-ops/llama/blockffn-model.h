@@ -25,8 +25,10 @@ struct llama_model_blockffn : public blockffn_model_base {
     void load_ffn(llama_model_loader & ml, llama_layer & layer, int il);
 };
 
-// Ask the CPU backend for kernels made for few tokens, in every matrix product of the graph.
-void blockffn_hint_token_tiles(ggml_cgraph * gf);
+// Whose kernels the CPU backend runs a graph with, of any architecture: ours, made for few tokens, in every matrix product
+// and attention, or ggml's own (model.stock_kernels), the yardstick of every benchmark: in files of the dense layout, and
+// where the key <architecture>.ffn_dense says so.
+void blockffn_choose_kernels(const llama_model & model, ggml_cgraph * gf);
 
 // One graph of the decoder. FFN layers: dense (n_ff > 0), or routed experts through the union op or through stock ops.
 struct llama_model_blockffn::graph : public llm_graph_context {
@@ -34,6 +36,7 @@ struct llama_model_blockffn::graph : public llm_graph_context {
 
   private:
     const blockffn_hparams & bf;
+    const bool               stock;      // ggml's own ops, for the experts too
     float                    threshold;  // of this context, or else of the file
     int32_t                  budget;     // of this batch
 
