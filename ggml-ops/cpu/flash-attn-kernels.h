@@ -12,11 +12,12 @@
 #    include <algorithm>
 #    include <type_traits>
 
-// rows of keys or values
+constexpr int64_t TILE = 128;  // keys that stay in the caches while the rows go by
+
+// the keys or values of a tile, which may lie anywhere
 struct flash_rows {
-    const char * data;
-    size_t       stride;  // bytes
-    ggml_type    type;    // F32, F16 or BF16
+    const char * row[TILE];
+    ggml_type    type;  // F32, F16 or BF16
 };
 
 // The blocks are not inlined: beside others some lose registers.
@@ -76,12 +77,11 @@ FLASH_BLOCK void flash_scores_block(const float * const * q,
                                     int64_t               n_keys,
                                     int64_t               d,
                                     float * const *       s) {
-    const char *  row  = keys.data + first * keys.stride;
     const int64_t left = n_keys - first;
     const T *     k[J];
 #    pragma GCC   unroll 8
     for (int j = 0; j < J; j++) {
-        k[j] = (const T *) (row + (left >= J ? j : std::min<int64_t>(j, left - 1)) * keys.stride);
+        k[j] = (const T *) keys.row[first + (left >= J ? j : std::min<int64_t>(j, left - 1))];
     }
     fvec        sum[R][J];
 #    pragma GCC unroll 8
@@ -136,8 +136,7 @@ inline void flash_scores(const float * const * q,
 // o[r][0 .. C vectors) += sum over the keys [first, end) of p[r][key] * v[key]
 template <typename T, int R, int C>
 FLASH_BLOCK void flash_values_block(const float * const * p,
-                                    const char *          v,
-                                    size_t                stride,
+                                    const flash_rows &    values,
                                     int64_t               first,
                                     int64_t               end,
                                     float * const *       o,
@@ -151,7 +150,7 @@ FLASH_BLOCK void flash_values_block(const float * const * p,
         }
     }
     for (int64_t j = first; j < end; j++) {
-        const T * y = (const T *) (v + j * stride) + column;
+        const T * y = (const T *) values.row[j] + column;
         if constexpr (R <= C) {
             fvec x[R];
 #    pragma GCC unroll 8
@@ -201,7 +200,7 @@ inline void flash_values_columns(const float * const * p,
                                  int64_t               column,
                                  int64_t               d) {
     for (; column + C * FVEC <= d; column += C * FVEC) {
-        flash_values_block<T, R, C>(p, values.data, values.stride, first, end, o, column);
+        flash_values_block<T, R, C>(p, values, first, end, o, column);
     }
     if constexpr (C > 1) {
         flash_values_columns<T, R, C / 2>(p, values, first, end, o, column, d);

@@ -7,10 +7,12 @@
 
 namespace {
 
-constexpr int64_t MAX_SHARED = 4 << 20;  // floats of scores that threads share
-constexpr int64_t MAX_SCORES = 1 << 20;  // floats of scores of a block, unless it has but FEW_ROWS
-constexpr int64_t FEW_ROWS   = 16;
-const ggml_fp16_t MASKED     = 0xfc00;   // -inf
+constexpr int64_t MAX_SHARED  = 4 << 20;  // floats of scores that threads share
+constexpr int64_t MAX_SCORES  = 1 << 20;  // floats of scores of a block, unless it has but FEW_ROWS
+constexpr int64_t FEW_ROWS    = 16;
+constexpr int64_t FEWEST_ROWS = 4;        // of a block in a group, where threads would wait
+constexpr int64_t FEW_CELLS   = 16;       // are not worth a group
+const ggml_fp16_t MASKED      = 0xfc00;   // -inf
 
 int64_t odd_lines(int64_t n) {
     return (attn_pad(n, LINE) / LINE | 1) * LINE;
@@ -18,6 +20,53 @@ int64_t odd_lines(int64_t n) {
 
 bool readable(const ggml_tensor * t) {
     return t->nb[0] == ggml_type_size(t->type) && (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
+}
+
+const ggml_fp16_t * mask_row(const ggml_tensor * mask, int64_t token, int64_t head, int64_t stream) {
+    return (const ggml_fp16_t *) ((const char *) mask->data + token * mask->nb[1] + head % mask->ne[2] * mask->nb[2] +
+                                  stream % mask->ne[3] * mask->nb[3]);
+}
+
+// how many of n cells two rows of the mask both show
+int64_t both_see(const ggml_fp16_t * a, const ggml_fp16_t * b, int64_t n) {
+    int64_t seen = 0;
+    for (int64_t start = 0; start < n; start += TILE) {
+        uint16_t      part = 0;  // of the width of the mask, for the compiler's vectors
+        const int64_t end  = std::min(start + TILE, n);
+        for (int64_t j = start; j < end; j++) {
+            part += (uint16_t) (a[j] != MASKED && b[j] != MASKED);
+        }
+        seen += part;
+    }
+    return seen;
+}
+
+// Puts a token into the group of the one before it unless a quarter of what either sees is hidden from the other.
+void groups_get(const attn_op & op, attn_plan & p) {
+    if (!op.mask || op.mask->ne[2] > 1 || op.n_streams > 1 || op.n_tokens > MAX_GROUPS) {
+        return;
+    }
+    int64_t before = 0;
+    for (int64_t t = 0; t < op.n_tokens; t++) {
+        const ggml_fp16_t * m    = mask_row(op.mask, t, 0, 0);
+        const int64_t       seen = both_see(m, m, op.n_kv);
+        if (t > 0) {
+            const int64_t most = std::max(seen, before);
+            if (most - both_see(mask_row(op.mask, t - 1, 0, 0), m, op.n_kv) > most / 4 + FEW_CELLS) {
+                p.token[p.n_groups++] = (int32_t) t;
+            }
+        }
+        before = seen;
+    }
+    p.token[p.n_groups] = (int32_t) op.n_tokens;
+}
+
+int64_t widest_group(const attn_plan & p) {
+    int64_t most = 0;
+    for (int64_t g = 0; g < p.n_groups; g++) {
+        most = std::max<int64_t>(most, p.token[g + 1] - p.token[g]);
+    }
+    return most;
 }
 
 // all threads are busy nine tenths of the time
@@ -78,7 +127,18 @@ attn_plan attn_plan_get(const attn_op & op, int n_threads) {
     const int64_t fewest = (op.n_rows + rows - 1) / rows;
     const int64_t most   = std::max(fewest, op.n_rows / MIN_ROWS);
 
-    attn_plan p = { fewest, false, 1 };
+    attn_plan p = {
+        fewest, false, 1, 1, { 0, (int32_t) op.n_tokens }
+    };
+    groups_get(op, p);
+    if (p.grouped()) {
+        const int64_t widest = op.group * widest_group(p);
+        p.n_blocks           = (widest + rows - 1) / rows;
+        while (!balanced(p.n_pieces(op), n_threads) && widest >= (p.n_blocks + 1) * FEWEST_ROWS) {
+            p.n_blocks++;
+        }
+        return p;
+    }
     for (; p.n_blocks <= most; p.n_blocks++) {
         if (balanced(heads * p.n_blocks, n_threads)) {
             return p;
@@ -99,9 +159,36 @@ attn_plan attn_plan_get(const attn_op & op, int n_threads) {
 
 attn_piece attn_piece_get(const attn_op & op, const attn_plan & p, int64_t i) {
     const int64_t block = i % p.n_blocks;
-    const int64_t head  = i / p.n_blocks;
-    const int64_t row   = op.n_rows * block / p.n_blocks;
-    return { head % op.n_heads_kv, head / op.n_heads_kv, row, op.n_rows * (block + 1) / p.n_blocks - row };
+    const int64_t group = i / p.n_blocks % p.n_groups;
+    const int64_t head  = i / p.n_blocks / p.n_groups;
+    const int64_t first = op.group * p.token[group];
+    const int64_t n     = op.group * p.token[group + 1] - first;
+    const int64_t row   = n * block / p.n_blocks;
+    return {
+        head % op.n_heads_kv, head / op.n_heads_kv, first + row, n * (block + 1) / p.n_blocks - row, op.n_kv, nullptr,
+    };
+}
+
+void attn_piece_list(const attn_op & op, const attn_row * rows, int32_t * cells, attn_piece & piece) {
+    int64_t n = 0;
+    for (int64_t start = 0; start < op.n_kv; start += TILE) {
+        const int64_t size       = std::min(TILE, op.n_kv - start);
+        uint16_t      seen[TILE] = { 0 };
+        for (int64_t i = 0; i < piece.n; i++) {
+            if (i == 0 || rows[i].mask != rows[i - 1].mask) {
+                const ggml_fp16_t * m = rows[i].mask + start;
+                for (int64_t j = 0; j < size; j++) {
+                    seen[j] |= (uint16_t) (m[j] != MASKED);
+                }
+            }
+        }
+        for (int64_t j = 0; j < size; j++) {
+            cells[n] = (int32_t) (start + j);
+            n += seen[j];
+        }
+    }
+    piece.n_cells = n;
+    piece.cells   = cells;
 }
 
 attn_row attn_row_get(const attn_op & op, const attn_piece & piece, int64_t i) {
@@ -112,9 +199,8 @@ attn_row attn_row_get(const attn_op & op, const attn_piece & piece, int64_t i) {
     row.q      = (const float *) ((const char *) op.q->data + row.token * op.q->nb[1] + row.head * op.q->nb[2] +
                              piece.stream * op.q->nb[3]);
     row.mask   = nullptr;
-    if (const ggml_tensor * m = op.mask) {
-        row.mask = (const ggml_fp16_t *) ((const char *) m->data + row.token * m->nb[1] +
-                                          row.head % m->ne[2] * m->nb[2] + piece.stream % m->ne[3] * m->nb[3]);
+    if (op.mask) {
+        row.mask = mask_row(op.mask, row.token, row.head, piece.stream);
     }
     row.slope = 1.0f;
     if (op.max_bias > 0.0f) {
@@ -126,26 +212,25 @@ attn_row attn_row_get(const attn_op & op, const attn_piece & piece, int64_t i) {
     return row;
 }
 
-attn_tile attn_tile_get(const attn_op & op, const attn_row * rows, int64_t n_rows, int64_t index) {
+attn_tile attn_tile_get(const attn_piece & piece, const attn_row * rows, int64_t index) {
     attn_tile t;
     t.start                 = index * TILE;
     t.n                     = 0;
-    const int64_t       n   = std::min(TILE, op.n_kv - t.start);
+    const int64_t       n   = std::min(TILE, piece.n_cells - t.start);
     int64_t             low = n, high = 0;  // of what any row sees
     const ggml_fp16_t * seen = nullptr;     // the mask row looked at last; rows of a token mostly share it
     bool                any  = true;
-    for (int64_t i = 0; i < n_rows; i++) {
+    for (int64_t i = 0; i < piece.n; i++) {
         if (!rows[i].mask) {
             low  = 0;
             high = n;
         } else if (rows[i].mask != seen) {
-            seen                  = rows[i].mask;
-            const ggml_fp16_t * m = seen + t.start;
-            int64_t             a = 0, b = n;
-            while (a < n && m[a] == MASKED) {
+            seen      = rows[i].mask;
+            int64_t a = 0, b = n;
+            while (a < n && seen[piece.cell(t.start + a)] == MASKED) {
                 a++;
             }
-            while (b > a && m[b - 1] == MASKED) {
+            while (b > a && seen[piece.cell(t.start + b - 1)] == MASKED) {
                 b--;
             }
             any = a < b;
@@ -164,14 +249,15 @@ attn_tile attn_tile_get(const attn_op & op, const attn_row * rows, int64_t n_row
 }
 
 attn_scratch::attn_scratch(const attn_op & op, float * at) {
-    q    = at;
-    tile = q + MAX_ROWS * attn_pad(op.dk, LINE);
-    sums = tile + TILE * op.tile_stride;
-    bias = sums + MAX_ROWS * op.sum_stride;
+    q     = at;
+    tile  = q + MAX_ROWS * attn_pad(op.dk, LINE);
+    sums  = tile + TILE * op.tile_stride;
+    bias  = sums + MAX_ROWS * op.sum_stride;
+    cells = (int32_t *) (bias + TILE);
 }
 
 int64_t attn_scratch::size(const attn_op & op) {
-    return MAX_ROWS * (attn_pad(op.dk, LINE) + op.sum_stride) + TILE * (op.tile_stride + 1);
+    return MAX_ROWS * (attn_pad(op.dk, LINE) + op.sum_stride) + TILE * (op.tile_stride + 1) + attn_pad(op.n_kv, LINE);
 }
 
 #endif

@@ -5,11 +5,11 @@
 
 #if FLASH_VEC
 
-constexpr int64_t TILE     = 128;  // keys that stay in the caches while the rows go by
-constexpr int64_t MAX_ROWS = 64;   // of a piece
-constexpr int64_t MIN_ROWS = 32;   // fewer per piece would widen the keys too often
-constexpr int64_t LINE     = 16;   // floats of a cache line
-constexpr int64_t STRIP    = 32;   // columns of values: a whole block of the quantized types that a cache may have
+constexpr int64_t MAX_ROWS   = 64;  // of a piece
+constexpr int64_t MIN_ROWS   = 32;  // fewer per piece would widen the keys too often
+constexpr int64_t MAX_GROUPS = 64;  // of tokens
+constexpr int64_t LINE       = 16;  // floats of a cache line
+constexpr int64_t STRIP      = 32;  // columns of values: a whole block of the quantized types that a cache may have
 
 struct attn_op {
     const ggml_tensor *q, *k, *v, *mask, *sinks;
@@ -30,11 +30,19 @@ struct attn_op {
 bool attn_op_get(ggml_tensor * dst, attn_op & op);
 
 // How a node is cut: into blocks of rows that one thread takes through all stages, or each stage for itself, into tiles
-// of keys, rows, and strips of columns, with scores that all threads share. The bits are the same.
+// of keys, rows, and strips of columns, with scores that all threads share. Tokens of several texts, which see different
+// parts of the cache, go in groups of neighbours that see much the same; a block then belongs to one group, and reads
+// only the cells that it sees. The bits are the same.
 struct attn_plan {
-    int64_t n_blocks;  // of rows, per key/value head
+    int64_t n_blocks;               // of rows, per group and key/value head
     bool    by_stage;
-    int64_t n_strips;  // of columns of values, in the third stage
+    int64_t n_strips;               // of columns of values, in the third stage
+    int64_t n_groups;               // of tokens
+    int32_t token[MAX_GROUPS + 1];  // the first one of each group, and behind the last group
+
+    bool grouped() const { return n_groups > 1; }
+
+    int64_t n_pieces(const attn_op & op) const { return op.n_heads_kv * op.n_streams * n_groups * n_blocks; }
 };
 
 attn_plan attn_plan_get(const attn_op & op, int n_threads);
@@ -43,9 +51,15 @@ int64_t attn_block_rows(const attn_op & op);  // the most rows of a block
 int64_t attn_shared_scores(
     const attn_op & op);                      // floats of the scores of all rows, 0 if they are too many to be shared
 
-// the rows [row, row + n) of the queries that share a key/value head of a stream
+// the rows [row, row + n) of the queries that share a key/value head of a stream, and the cells that they are multiplied with
 struct attn_piece {
-    int64_t head_kv, stream, row, n;
+    int64_t         head_kv, stream, row, n;
+    int64_t         n_cells;
+    const int32_t * cells;  // ascending; NULL: the cells [0, n_cells)
+
+    int64_t cell(int64_t i) const { return cells ? cells[i] : i; }
+
+    int64_t n_tiles() const { return (n_cells + TILE - 1) / TILE; }
 };
 
 attn_piece attn_piece_get(const attn_op & op, const attn_plan & p, int64_t i);
@@ -63,20 +77,24 @@ attn_row attn_row_get(const attn_op & op, const attn_piece & piece, int64_t i);
 
 // the keys [first, end) of a tile, and which rows see any of them
 struct attn_tile {
-    int64_t start;       // position in the cache
+    int64_t start;       // first cell of the piece
     int64_t first, end;  // within the tile; first is a multiple of LINE
     int64_t n;           // rows
     int16_t rows[MAX_ROWS];
 };
 
-attn_tile attn_tile_get(const attn_op & op, const attn_row * rows, int64_t n_rows, int64_t index);
+attn_tile attn_tile_get(const attn_piece & piece, const attn_row * rows, int64_t index);
+
+// lists the cells that any row of the piece sees, in `cells` [n_kv]
+void attn_piece_list(const attn_op & op, const attn_row * rows, int32_t * cells, attn_piece & piece);
 
 // scratch of a thread, in floats
 struct attn_scratch {
-    float * q;     // [MAX_ROWS][dk_pad], where the queries have no whole, aligned vectors
-    float * tile;  // [TILE][tile_stride]
-    float * sums;  // [MAX_ROWS][sum_stride]
-    float * bias;  // [TILE]
+    float *   q;      // [MAX_ROWS][dk_pad], where the queries have no whole, aligned vectors
+    float *   tile;   // [TILE][tile_stride]
+    float *   sums;   // [MAX_ROWS][sum_stride]
+    float *   bias;   // [TILE]
+    int32_t * cells;  // [n_kv]
 
     attn_scratch(const attn_op & op, float * at);
     static int64_t size(const attn_op & op);
@@ -93,7 +111,7 @@ void attn_scores(const attn_op &      op,
                  const attn_scratch & s);
 
 // 2: the scores of a row become its weights
-void attn_weights(const attn_op & op, const attn_row & row);
+void attn_weights(const attn_op & op, const attn_piece & piece, const attn_row & row);
 
 // 3: columns [column, end) of the sums of values, written to the node
 void attn_values(const attn_op &      op,

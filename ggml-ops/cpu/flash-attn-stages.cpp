@@ -39,8 +39,9 @@ void widen(const char * from, ggml_type type, int64_t d, int64_t column, int64_t
     });
 }
 
+// the key or value of cell i of the piece
 const char * cell(const ggml_tensor * x, const attn_piece & piece, int64_t i) {
-    return (const char *) x->data + i * x->nb[1] + piece.head_kv * x->nb[2] + piece.stream * x->nb[3];
+    return (const char *) x->data + piece.cell(i) * x->nb[1] + piece.head_kv * x->nb[2] + piece.stream * x->nb[3];
 }
 
 // columns [column, end) of the keys or values of a tile: where they are, if the kernels can read them there and few rows
@@ -52,13 +53,19 @@ flash_rows tile_rows(const ggml_tensor *  x,
                      int64_t              column,
                      int64_t              end,
                      const attn_scratch & s) {
-    if (flash_readable(x->type) && x->ne[0] % FVEC == 0 && (x->type == GGML_TYPE_F32 || t.n <= IN_PLACE_ROWS)) {
-        return { cell(x, piece, t.start), x->nb[1], x->type };
-    }
+    flash_rows rows;
+    const bool in_place =
+        flash_readable(x->type) && x->ne[0] % FVEC == 0 && (x->type == GGML_TYPE_F32 || t.n <= IN_PLACE_ROWS);
+    rows.type = in_place ? x->type : GGML_TYPE_F32;
     for (int64_t j = t.first; j < t.end; j++) {
-        widen(cell(x, piece, t.start + j), x->type, x->ne[0], column, end, s.tile + j * op.tile_stride);
+        rows.row[j] = cell(x, piece, t.start + j);
+        if (!in_place) {
+            float * to = s.tile + j * op.tile_stride;
+            widen(rows.row[j], x->type, x->ne[0], column, end, to);
+            rows.row[j] = (const char *) to;
+        }
     }
-    return { (const char *) s.tile, op.tile_stride * sizeof(float), GGML_TYPE_F32 };
+    return rows;
 }
 
 // Asks for columns [column, end) of the cells [first, last) of a cache, which will be wanted soon: the CPU's own prefetching
@@ -72,7 +79,7 @@ void prefetch(const ggml_tensor * x,
     const int64_t size = ggml_row_size(x->type, x->ne[0]);
     const int64_t from = size * column / x->ne[0];
     const int64_t to   = std::min(size, size * end / x->ne[0]);
-    for (int64_t i = first; i < std::min(last, x->ne[1]); i++) {
+    for (int64_t i = first; i < std::min(last, piece.n_cells); i++) {
         const char * row = cell(x, piece, i);
         for (int64_t b = from; b < to; b += 64) {
             __builtin_prefetch(row + b, 0, 2);
@@ -116,8 +123,14 @@ void multiply_keys(const attn_op &      op,
 }
 
 // the mask of a tile as floats, -inf also behind its end
-void bias_get(const attn_tile & t, const ggml_fp16_t * mask, float * bias) {
-    if (mask) {
+void bias_get(const attn_piece & piece, const attn_tile & t, const ggml_fp16_t * mask, float * bias) {
+    if (mask && piece.cells) {
+        ggml_fp16_t listed[TILE];
+        for (int64_t j = t.first; j < t.end; j++) {
+            listed[j] = mask[piece.cells[t.start + j]];
+        }
+        ggml_cpu_fp16_to_fp32(listed + t.first, bias + t.first, t.end - t.first);
+    } else if (mask) {
         ggml_cpu_fp16_to_fp32(mask + t.start + t.first, bias + t.first, t.end - t.first);
     } else {
         std::fill(bias + t.first, bias + t.end, 0.0f);
@@ -180,7 +193,7 @@ void multiply_visible(const attn_op &      op,
                       const attn_scratch & s,
                       float *              sums) {
     std::fill(sums + column, sums + end, 0.0f);
-    for (int64_t i = 0; i < op.n_kv; i++) {
+    for (int64_t i = 0; i < piece.n_cells; i++) {
         if (row.scores[i] != 0.0f) {
             widen(cell(op.v, piece, i), op.v->type, op.dv, column, end, s.tile);
             for (int64_t c = column; c < end; c += FVEC) {
@@ -228,7 +241,7 @@ void attn_scores(const attn_op &      op,
                  int64_t              index,
                  int64_t              next,
                  const attn_scratch & s) {
-    const attn_tile t = attn_tile_get(op, rows, piece.n, index);
+    const attn_tile t = attn_tile_get(piece, rows, index);
     if (t.n > 0) {
         multiply_keys(op, piece, rows, t, next, s);
     }
@@ -242,15 +255,15 @@ void attn_scores(const attn_op &      op,
         }
         if (seen++ == 0 || rows[i].mask != mask) {
             mask = rows[i].mask;
-            bias_get(t, mask, s.bias);
+            bias_get(piece, t, mask, s.bias);
         }
         finish_scores(op, t, s.bias, rows[i].slope, scores);
     }
 }
 
-void attn_weights(const attn_op & op, const attn_row & row) {
+void attn_weights(const attn_op & op, const attn_piece & piece, const attn_row & row) {
     float *       s = row.scores;
-    const int64_t n = op.n_tiles * TILE;
+    const int64_t n = piece.n_tiles() * TILE;
     fvec          max[4];
     std::fill(max, max + 4, fvec_set(-INFINITY));
     for (int64_t j = 0; j < n; j += 4 * FVEC) {
@@ -297,8 +310,8 @@ void attn_values(const attn_op &      op,
     for (int64_t i = 0; i < piece.n; i++) {
         std::fill(s.sums + i * op.sum_stride + column, s.sums + i * op.sum_stride + end, 0.0f);
     }
-    for (int64_t index = 0; index < op.n_tiles; index++) {
-        const attn_tile t = attn_tile_get(op, rows, piece.n, index);
+    for (int64_t index = 0; index < piece.n_tiles(); index++) {
+        const attn_tile t = attn_tile_get(piece, rows, index);
         if (t.n == 0) {
             continue;
         }

@@ -39,15 +39,18 @@ void queries_get(const attn_op & op, const attn_piece & piece, const attn_scratc
 }
 
 // all stages of one piece
-void run_piece(const attn_op & op, const attn_piece & piece, const attn_scratch & s, float * scores) {
+void run_piece(const attn_op & op, attn_piece piece, bool grouped, const attn_scratch & s, float * scores) {
     attn_row rows[MAX_ROWS];
     rows_get(op, piece, scores, rows);
     queries_get(op, piece, s, rows);
-    for (int64_t index = 0; index < op.n_tiles; index++) {
+    if (grouped) {
+        attn_piece_list(op, rows, s.cells, piece);
+    }
+    for (int64_t index = 0; index < piece.n_tiles(); index++) {
         attn_scores(op, piece, rows, index, (index + 1) * TILE, s);
     }
     for (int64_t i = 0; i < piece.n; i++) {
-        attn_weights(op, rows[i]);
+        attn_weights(op, piece, rows[i]);
     }
     attn_values(op, piece, rows, 0, op.dv_pad, s);
 }
@@ -58,13 +61,12 @@ void run_whole(const ggml_compute_params * params,
                const attn_plan &           p,
                const attn_scratch &        s,
                float *                     scores) {
-    const int64_t n = op.n_heads_kv * op.n_streams * p.n_blocks;
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        run_piece(op, attn_piece_get(op, p, i), s, scores);
+    for (int64_t i = params->ith; i < p.n_pieces(op); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        run_piece(op, attn_piece_get(op, p, i), p.grouped(), s, scores);
     }
 }
 
@@ -91,9 +93,10 @@ void run_stages(const ggml_compute_params * params,
     }
     ggml_barrier(params->threadpool);
     for (int64_t i = params->ith; i < heads * op.n_rows; i += nth) {
-        attn_row row = attn_row_get(op, { i / op.n_rows % op.n_heads_kv, 0, i % op.n_rows, 1 }, 0);
-        row.scores   = scores + i * op.score_stride;
-        attn_weights(op, row);
+        const attn_piece piece = { i / op.n_rows % op.n_heads_kv, 0, i % op.n_rows, 1, op.n_kv, nullptr };
+        attn_row         row   = attn_row_get(op, piece, 0);
+        row.scores             = scores + i * op.score_stride;
+        attn_weights(op, piece, row);
     }
     ggml_barrier(params->threadpool);
     const int64_t units = attn_pad(op.dv, STRIP) / STRIP;

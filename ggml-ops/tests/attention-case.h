@@ -7,9 +7,9 @@
 
 #include <cmath>
 
-enum class mask_kind { none, causal, tree, sequences, biased };
+enum class mask_kind { none, causal, tree, sequences, texts, biased };
 
-inline const char * const MASK_NAMES[] = { "none", "causal", "tree", "sequences", "biased" };
+inline const char * const MASK_NAMES[] = { "none", "causal", "tree", "sequences", "texts", "biased" };
 
 struct attn_case {
     int64_t   dk, dv, group, heads_kv, n, n_kv;
@@ -107,6 +107,10 @@ struct attn_data {
             case mask_kind::
                 sequences:  // whole stretches of the cache, and single cells, belong to others; a row may see none
                 seen = (i / 150) % 3 == t % 3 && i % 7 != 0;
+                break;
+            case mask_kind::
+                texts:  // chains of three tokens of four texts with a common beginning, in turn in one cache
+                seen = i < past / 4 || (i < past ? i % 4 == t / 3 % 4 : (i - past) / 3 == t / 3 && i - past <= t);
                 break;
             case mask_kind::biased:
                 return rng() % 5 == 0 ? -INFINITY : -0.25f * (float) (rng() % 16);

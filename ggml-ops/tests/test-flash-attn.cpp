@@ -165,8 +165,8 @@ const head_shape SHAPES[] = {
 };
 
 void check_shapes(tester & t, bool quick) {
-    const mask_kind masks[] = { mask_kind::causal, mask_kind::tree, mask_kind::sequences, mask_kind::none,
-                                mask_kind::biased };
+    const mask_kind masks[] = { mask_kind::causal, mask_kind::tree,  mask_kind::sequences,
+                                mask_kind::none,   mask_kind::texts, mask_kind::biased };
     const ggml_type types[] = { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
     int             i       = 0;
     for (const head_shape & h : SHAPES) {
@@ -179,7 +179,7 @@ void check_shapes(tester & t, bool quick) {
                 ggml_type k = types[i % 5], v = h.v_in_k ? k : types[(i + i / 5) % 5];
                 k = h.dk % ggml_blck_size(k) ? GGML_TYPE_F16 : k;
                 v = h.v_in_k ? k : h.dv % ggml_blck_size(v) ? GGML_TYPE_BF16 : v;
-                t.check({ h.dk, h.dv, h.group, h.heads_kv, n, n_kv, k, v, masks[i % 5], h.v_in_k });
+                t.check({ h.dk, h.dv, h.group, h.heads_kv, n, n_kv, k, v, masks[i % 6], h.v_in_k });
             }
         }
     }
@@ -203,6 +203,12 @@ void check_features(tester & t) {
     }
     t.check({ 64, 64, 4, 2, 150, 400, GGML_TYPE_F16, GGML_TYPE_F16, mask_kind::causal, false });  // a prompt
     t.check({ 64, 48, 14, 1, 40, 700, GGML_TYPE_F16, GGML_TYPE_F16, mask_kind::tree, true });
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int64_t n : { 2, 12, 64, 65 }) {  // up to 64 tokens go in groups
+            t.check({ 320, 256, 14, 1, n, 1000, type, type, mask_kind::texts, true });
+            t.check({ 64, 64, 3, 3, n, 1000, type, type, mask_kind::texts, false });
+        }
+    }
 }
 
 }  // namespace
