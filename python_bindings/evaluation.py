@@ -163,7 +163,6 @@ class Evaluator:
         params.embeddings = False
         if self._llm.default_cache:
             params.type_k = params.type_v = self._low.GGML_TYPE_F32
-            params.flash_attn_type = self._low.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with logs.collect() as lines:
             ctx = self._low.llama_init_from_model(self._llm.model, params)
         if not ctx:

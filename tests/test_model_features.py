@@ -119,7 +119,7 @@ def test_quantized_cache(model: Path, reference: np.ndarray, kind: str, bound: f
 
 @pytest.mark.parametrize("use_mmap", [True, False])
 def test_mmap_on_and_off(model: Path, reference: np.ndarray, use_mmap: bool) -> None:
-    assert np.array_equal(opened_with(model, use_mmap=use_mmap), reference)
+    assert np.array_equal(opened_with(model, use_mmap=use_mmap, flash_attn=False), reference)
 
 
 def test_threads_agree(model: Path, reference: np.ndarray) -> None:

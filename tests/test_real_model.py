@@ -80,7 +80,7 @@ def test_perplexity_is_that_of_llama_perplexity(
     assert main(["eval", "ppl", *settings, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     command = [str(library.program("llama-perplexity")), *settings, "-b", "64"]
-    for _ in range(5):  # its log thread sometimes loses the last lines when the program ends
+    for _ in range(20):  # its log thread sometimes loses the last lines when the program ends
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
         if match is not None:

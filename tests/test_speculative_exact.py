@@ -64,7 +64,9 @@ def test_greedy_text_is_bit_exact(kind: str, tmp_path: Path) -> None:
     llm.close()
 
 
-@pytest.mark.parametrize(("kind", "ffn"), [("F16", "union"), ("Q4_0", "union"), ("Q4_K", "dense"), ("mla-q8_0", "union")])
+@pytest.mark.parametrize(
+    ("kind", "ffn"), [("F16", "union"), ("Q4_0", "union"), ("Q4_K", "dense"), ("mla-q8_0", "union")]
+)
 def test_logits_do_not_depend_on_the_batch(kind: str, ffn: str, tmp_path: Path) -> None:
     """The same tokens one by one and in pieces: bit-equal in exact mode, on our kernels and ("dense") on stock ones.
 

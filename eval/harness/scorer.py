@@ -174,7 +174,6 @@ class Scorer:
         params.pooling_type, params.embeddings = low.LLAMA_POOLING_TYPE_NONE, False
         if llm.default_cache:
             params.type_k = params.type_v = low.GGML_TYPE_F32
-            params.flash_attn_type = low.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with logs.collect() as lines:
             ctx = low.llama_init_from_model(llm.model, params)
         if not ctx:
