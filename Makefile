@@ -83,7 +83,7 @@ demo: setup
 	$(PY) examples/demo.py
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # Every module that takes no more than two seconds (tests/conftest.py): half a minute.
 test-quick: setup

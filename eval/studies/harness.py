@@ -7,8 +7,8 @@ class of `blockffn eval lm-eval`, `prefix kept` answers request after request an
 the one before, `one by one` evaluates every request from its first token on. Generated texts continue other pieces:
 by the model class, and by lm_eval's own route to a server (local-completions) with as many requests at once as texts
 run side by side, against llama-server of the same tree. llama-server has no log-probabilities of a prompt (`echo`),
-so that it is no peer for the first part. All ways take turns in one process; medians over the rounds, with the lowest
-and the highest. Ends with a line of JSON.
+so that it is no peer for the first part. Every round has texts of its own, since a server keeps prompts. All ways take
+turns in one process; medians over the rounds, with the lowest and the highest. Ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blockffn.threads import default_threads
 
 ENDINGS = 4
 LINE = "{name:<34} {n:9} {rate:10.2f} ({low:.2f}-{high:.2f})"
-Task = tuple[str, int, Callable[[], Any]]  # name, requests, what answers them
+Task = tuple[str, int, Callable[[int], Any]]  # name, requests, what answers those of a round
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def measure(tasks: Sequence[Task], rounds: int) -> dict[str, list[float]]:
     for number in range(1 + rounds):
         for name, n, answer in tasks:
             started = time.perf_counter()
-            answer()
+            answer(number)
             rates[name].append(n / (time.perf_counter() - started))
         print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     return {name: values[1:] for name, values in rates.items()}
@@ -99,31 +99,31 @@ def scoring(model: Any, questions: Sequence[tuple[list[int], list[int]]]) -> lis
                 single.score([([question[0][-1]], [question[1][0]])])  # a text that begins otherwise
             single.score([question])
 
-    def at_once() -> None:
+    def at_once(_: int) -> None:
         together.score([([questions[0][0][-1]], [questions[0][1][0]])])
         together.score(questions)
 
     n = len(questions)
     return [
         ("log-likelihoods, together", n, at_once),
-        ("log-likelihoods, prefix kept", n, lambda: alone(False)),
-        ("log-likelihoods, one by one", n, lambda: alone(True)),
+        ("log-likelihoods, prefix kept", n, lambda _: alone(False)),
+        ("log-likelihoods, one by one", n, lambda _: alone(True)),
     ]
 
 
-def generating(model: Any, client: Any, contexts: Sequence[str], n_tokens: int) -> list[Task]:
-    """Return the ways to continue texts by at most `n_tokens` tokens."""
+def generating(model: Any, client: Any, contexts: Sequence[Sequence[str]], n_tokens: int) -> list[Task]:
+    """Return the ways to continue texts, others in every round, by at most `n_tokens` tokens."""
     from lm_eval.api.instance import Instance
 
-    def requests() -> list[Any]:
+    def requests(number: int) -> list[Any]:
         arguments: dict[str, Any] = {"until": [], "max_gen_toks": n_tokens, "do_sample": False}
-        return [
-            Instance("generate_until", {}, (context, dict(arguments)), index) for index, context in enumerate(contexts)
-        ]
+        found = enumerate(contexts[number])
+        return [Instance("generate_until", {}, (context, dict(arguments)), index) for index, context in found]
 
+    n = len(contexts[0])
     return [
-        ("texts, blockffn", len(contexts), lambda: model.generate_until(requests(), disable_tqdm=True)),
-        ("texts, llama-server", len(contexts), lambda: client.generate_until(requests(), disable_tqdm=True)),
+        ("texts, blockffn", n, lambda number: model.generate_until(requests(number), disable_tqdm=True)),
+        ("texts, llama-server", n, lambda number: client.generate_until(requests(number), disable_tqdm=True)),
     ]
 
 
@@ -135,12 +135,13 @@ def _client(base: str, parallel: int) -> Any:
     return LocalCompletionsAPI(base_url=f"{base}/v1/completions", model="model", **options)
 
 
-def _pieces(model: Any, args: argparse.Namespace) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """Return (context, ending) pairs, and the beginnings of texts to generate."""
+def _pieces(model: Any, args: argparse.Namespace) -> tuple[list[tuple[list[int], list[int]]], list[list[str]]]:
+    """Return (context, ending) pairs, and by round the beginnings of texts to generate."""
     with open(args.file, encoding="utf-8") as file:
         tokens = model.tok_encode(file.read(), add_special_tokens=False)
     piece = args.context + ENDINGS * args.ending
-    needed = args.questions * piece + args.texts * args.context
+    texts = (1 + args.rounds) * args.texts
+    needed = args.questions * piece + texts * args.context
     if len(tokens) < needed:
         raise BlockffnError(f"{args.file}: expected at least {needed} tokens, found {len(tokens)}; give a longer text")
     questions = []
@@ -148,5 +149,6 @@ def _pieces(model: Any, args: argparse.Namespace) -> tuple[list[tuple[list[int],
         context, endings = tokens[start : start + args.context], tokens[start + args.context : start + piece]
         questions += [(context, endings[i * args.ending : (i + 1) * args.ending]) for i in range(ENDINGS)]
     rest = tokens[args.questions * piece :]
-    starts = range(0, args.texts * args.context, args.context)
-    return questions, [model.llm.detokenize(rest[i : i + args.context]).decode(errors="replace") for i in starts]
+    starts = range(0, texts * args.context, args.context)
+    contexts = [model.llm.detokenize(rest[i : i + args.context]).decode(errors="replace") for i in starts]
+    return questions, [contexts[i : i + args.texts] for i in range(0, texts, args.texts)]
