@@ -106,7 +106,7 @@ def rows(tokens: Sequence[int], start: int = 0, sequence: int = 0) -> list[tuple
 
 
 def test_flash_attention(model: Path, reference: np.ndarray) -> None:
-    assert nmse(opened_with(model, flash_attn=True), reference) < 1e-5  # F16 inside the kernel
+    assert nmse(opened_with(model, flash_attn=True), reference) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("F16", 1e-5), ("Q8_0", 1e-3), ("Q4_0", 0.2)])

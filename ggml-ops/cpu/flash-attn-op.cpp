@@ -43,7 +43,7 @@ int64_t both_see(const ggml_fp16_t * a, const ggml_fp16_t * b, int64_t n) {
 
 // Puts a token into the group of the one before it unless a quarter of what either sees is hidden from the other.
 void groups_get(const attn_op & op, attn_plan & p) {
-    if (!op.mask || op.mask->ne[2] > 1 || op.n_streams > 1 || op.n_tokens > MAX_GROUPS) {
+    if (!op.mask || op.mask->ne[2] > 1 || op.n_streams > 1 || op.n_tokens == 1 || op.n_tokens > MAX_GROUPS) {
         return;
     }
     int64_t before = 0;
@@ -122,7 +122,6 @@ int64_t attn_shared_scores(const attn_op & op) {
 }
 
 attn_plan attn_plan_get(const attn_op & op, int n_threads) {
-    const int64_t heads  = op.n_heads_kv * op.n_streams;
     const int64_t rows   = attn_block_rows(op);
     const int64_t fewest = (op.n_rows + rows - 1) / rows;
     const int64_t most   = std::max(fewest, op.n_rows / MIN_ROWS);
@@ -140,17 +139,17 @@ attn_plan attn_plan_get(const attn_op & op, int n_threads) {
         return p;
     }
     for (; p.n_blocks <= most; p.n_blocks++) {
-        if (balanced(heads * p.n_blocks, n_threads)) {
+        if (balanced(p.n_pieces(op), n_threads)) {
             return p;
         }
     }
     p.by_stage = op.n_tiles > 1 && attn_shared_scores(op) > 0;
     p.n_blocks = p.by_stage ? fewest : most;
     if (p.by_stage) {
-        while (heads * p.n_blocks * op.n_tiles < n_threads && p.n_blocks < op.n_rows) {
+        while (p.n_pieces(op) * op.n_tiles < n_threads && p.n_blocks < op.n_rows) {
             p.n_blocks++;
         }
-        while (p.n_strips < op.dv / STRIP && !balanced(heads * p.n_blocks * p.n_strips, n_threads)) {
+        while (p.n_strips < op.dv / STRIP && !balanced(p.n_pieces(op) * p.n_strips, n_threads)) {
             p.n_strips++;
         }
     }

@@ -86,7 +86,7 @@ void run_stages(const ggml_compute_params * params,
         rows_get(op, piece, scores + (head * op.n_rows + piece.row) * op.score_stride, rows);
         return piece;
     };
-    for (int64_t i = params->ith; i < heads * p.n_blocks * op.n_tiles; i += nth) {
+    for (int64_t i = params->ith; i < p.n_pieces(op) * op.n_tiles; i += nth) {
         const attn_piece piece = piece_get(i / op.n_tiles);
         queries_get(op, piece, s, rows);
         attn_scores(op, piece, rows, i % op.n_tiles, (i % op.n_tiles + nth) * TILE, s);
@@ -100,7 +100,7 @@ void run_stages(const ggml_compute_params * params,
     }
     ggml_barrier(params->threadpool);
     const int64_t units = attn_pad(op.dv, STRIP) / STRIP;
-    for (int64_t i = params->ith; i < heads * p.n_blocks * p.n_strips; i += nth) {
+    for (int64_t i = params->ith; i < p.n_pieces(op) * p.n_strips; i += nth) {
         const attn_piece piece = piece_get(i / p.n_strips);
         const int64_t    strip = i % p.n_strips;
         attn_values(op, piece, rows, units * strip / p.n_strips * STRIP,
