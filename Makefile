@@ -112,7 +112,7 @@ test-upstream: setup
 # The op tests alone with ggml, without the rest of llama.cpp. Without OpenMP, whose barriers ThreadSanitizer cannot see.
 OPS_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(NINJA)) -DGGML_SOURCE_DIR=$(CURDIR)/$(TREE)/ggml -DBUILD_SHARED_LIBS=OFF \
              -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF
-OPS_TESTS := test-flash-attn test-relu-router test-union-ffn test-token-tiles
+OPS_TESTS := test-node-barrier test-flash-attn test-relu-router test-union-ffn test-token-tiles
 
 test-sanitize: sanitize-address,undefined sanitize-thread
 
@@ -121,6 +121,7 @@ sanitize-%: tree
 	$(CMAKE) -S ggml-ops -B build/sanitize-$* $(OPS_FLAGS) -DCMAKE_BUILD_TYPE=Debug \
 	    -DCMAKE_C_FLAGS="-O1 -g1 -DNDEBUG -fsanitize=$*" -DCMAKE_CXX_FLAGS="-O1 -g1 -DNDEBUG -fsanitize=$*" > /dev/null
 	$(NINJA) -C build/sanitize-$* -j $(JOBS) $(OPS_TESTS)
+	build/sanitize-$*/bin/test-node-barrier
 	build/sanitize-$*/bin/test-relu-router
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-union-ffn --quick
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize-$*/bin/test-token-tiles --quick
@@ -151,6 +152,7 @@ test-arm: tree
 	        -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	        -DCMAKE_EXE_LINKER_FLAGS=-static -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+fp16+$$arch > /dev/null && \
 	    $(NINJA) -C build/arm-$$arch -j $(JOBS) $(OPS_TESTS) || exit 1; \
+	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-node-barrier && \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-relu-router && \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-union-ffn --quick && \
 	    qemu-aarch64 -cpu max,sve=off build/arm-$$arch/bin/test-token-tiles --quick && \

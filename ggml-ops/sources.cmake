@@ -1,6 +1,6 @@
 # What the patched upstream tree compiles from this folder (BLOCKFFN_OPS_DIR); see patches/0002-build-our-files.patch.
 set(BLOCKFFN_GGML_SOURCES ggml-expert-ops.c)  # into ggml-base
-set(BLOCKFFN_CPU_SOURCES flash-attn.cpp flash-attn-op.cpp flash-attn-stages.cpp relu-router.cpp union-ffn.cpp union-ffn-ref.cpp token-tiles.cpp tile-general.cpp tile-x86.cpp
+set(BLOCKFFN_CPU_SOURCES barrier.c flash-attn.cpp flash-attn-op.cpp flash-attn-stages.cpp relu-router.cpp union-ffn.cpp union-ffn-ref.cpp token-tiles.cpp tile-general.cpp tile-x86.cpp
                          tile-x86-q4.cpp tile-x86-float.cpp tile-blocks-32.cpp tile-blocks-256.cpp tile-arm.cpp)  # into ggml-cpu
 set(BLOCKFFN_LLAMA_SOURCES blockffn-load.cpp blockffn-model.cpp blockffn-graph.cpp blockffn-eagle.cpp blockffn-stats.cpp
                            blockffn-times.cpp blockffn-dial.cpp context-batch-invariant.cpp kv-cache-pack.cpp kv-cache-order.cpp)  # into libllama

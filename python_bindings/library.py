@@ -24,9 +24,9 @@ PACKAGE = Path(__file__).resolve().parent
 BINDING_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama_cpp once, when it is imported
 OUR_VARIABLE = "BLOCKFFN_LIB_DIR"
 LIBRARY = "libllama.so"
-# How long a thread spins at a barrier before it sleeps. With libgomp's default (300,000 rounds, about 10 ms) a model
-# with one thread per core crawls as soon as other processes want the cores: 0.4 instead of 130 tokens/s were seen. On a
-# quiet machine 5000 rounds cost a model of 7 M parameters 5 % and one of 1.2 B nothing.
+# How long a thread spins between two graphs before it sleeps. With the default of libgomp (300,000 rounds, about 10 ms)
+# other processes that want the cores starve a model with one thread per core. 5000 rounds cost a model of 7 M weights
+# 5 % on a quiet machine, and one of 1.2 B nothing.
 SPIN_VARIABLE, SPIN_ROUNDS = "GOMP_SPINCOUNT", "5000"
 
 

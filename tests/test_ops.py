@@ -35,7 +35,13 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "checks"),
-    [("test-flash-attn", 3500), ("test-relu-router", 1200), ("test-union-ffn", 3900), ("test-token-tiles", 3700)],
+    [
+        ("test-node-barrier", 40),
+        ("test-flash-attn", 3500),
+        ("test-relu-router", 1200),
+        ("test-union-ffn", 3900),
+        ("test-token-tiles", 3700),
+    ],
 )
 def test_against_oracle(name: str, checks: int) -> None:
     """Every check of the program passes, and none was lost."""
