@@ -19,15 +19,16 @@ from blockffn.eval.report.run import Result
 Row = dict[str, Any]
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; margin: 0 auto; max-width: 60rem; padding: 1.5rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; margin: 0 auto; max-width: 74rem; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; border-top: 1px solid #d8dde2; padding-top: 1.2rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: #1f6fb4; }
-pre { background: #f4f6f8; padding: .5rem .7rem; overflow-x: auto; font-size: 12.5px; margin: .5rem 0; }
+pre { background: #f4f6f8; padding: .5rem .7rem; font-size: 12.5px; margin: .5rem 0;
+      white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; margin: .6rem 0; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #e4e8ec; }
+th, td { padding: .22rem .55rem; text-align: right; border-bottom: 1px solid #e4e8ec; }
 th { font-weight: 600; border-bottom: 1.5px solid #9aa4ae; }
 th:first-child, td:first-child, .text { text-align: left; }
 .wide { overflow-x: auto; }

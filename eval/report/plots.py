@@ -28,13 +28,16 @@ class Lines:
 
 
 def lines(curves: Sequence[Lines], x_label: str, y_label: str, name: str, logarithmic: bool = False) -> str:
-    """Draw curves; logarithmic: both axes. `name` makes the ids of the drawing its own within the page."""
+    """Draw curves, with ticks at x values that all share; logarithmic: both axes.
+
+    `name` makes the ids of the drawing its own within the page.
+    """
     from matplotlib.ticker import LogLocator
 
     def draw(axis: Any) -> None:
         for curve in curves:
             axis.plot(curve.x, curve.y, curve.style, label=curve.label, color=curve.color, markersize=4)
-        ticks = sorted({x for curve in curves for x in curve.x})
+        ticks = curves[0].x if all(list(curve.x) == list(curves[0].x) for curve in curves) else ()
         if logarithmic:
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -42,7 +45,7 @@ def lines(curves: Sequence[Lines], x_label: str, y_label: str, name: str, logari
             axis.yaxis.set_major_formatter("{x:g}")
         else:
             axis.set_ylim(bottom=0)
-        if len(ticks) <= 9:
+        if 0 < len(ticks) <= 9:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
         axis.set_xlabel(x_label)

@@ -17,7 +17,7 @@ from blockffn.eval.report.plots import COLORS, Lines
 from blockffn.eval.report.run import Result
 
 SPEED = Column("tokens/s", value("tokens_per_second", "{:.1f}"))
-SPREAD = Column("spread", value("spread", "{:.0%}"))
+SPREAD = Column("spread", lambda row: f"{row['spread']:.0%}" if row.get("spread") else "-")  # a single round has none
 
 
 def body(name: str, results: Sequence[Result]) -> str:

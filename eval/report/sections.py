@@ -53,7 +53,7 @@ def sections(size: str, subject: Subject) -> list[Section]:
 
 def _ops(quick: bool) -> Section:
     words = ["bench", "ops", "--no-files"]
-    words += ["--shapes", "1.2B", "--types", "q4_0", "--tokens", "1,4,8,32", "--reps", "15"] if quick else []
+    words += ["--shapes", "1.2B", "--types", "q4_0", "--tokens", "1,4,8,32", "--reps", "9"] if quick else []
     about = (
         "The FFN of one layer: the union operation beside stock llama.cpp's dense products and its mul_mat_id, each in "
         "the buffer type that suits it best. Milliseconds per layer, medians."
@@ -90,7 +90,7 @@ def _contexts(quick: bool, shape: str) -> Section:
 
 
 def _speculation(quick: bool, shape: str, subject: Subject) -> Section:
-    common = ["--verify", "4", "--prefill", "0", "--rounds", "2" if quick else "5", "--json"]
+    common = ["--verify", "4", "--prefill", "0", "--rounds", "1" if quick else "5", "--json"]
     plans = ["--plans", "chain 3,auto" if quick else "chain 3,chain 5,tree 8,auto"]
     rates = ["--acceptance", "0.6,0.9" if quick else "0.6,0.7,0.8,0.9"]
     dense = ["--dense", subject.dense] if subject.dense else []

@@ -1,25 +1,25 @@
 #if defined(__linux__)
 
-#define _GNU_SOURCE  // syscall
-#include "barrier.h"
+#    define _GNU_SOURCE  // syscall
+#    include "barrier.h"
 
-#include <limits.h>
-#include <linux/futex.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+#    include <limits.h>
+#    include <linux/futex.h>
+#    include <stdbool.h>
+#    include <stdint.h>
+#    include <sys/syscall.h>
+#    include <time.h>
+#    include <unistd.h>
 
-#define SPIN_NS 50000
-#define SPIN_ROUNDS 64     // between two looks at the clock
+#    define SPIN_NS     50000
+#    define SPIN_ROUNDS 64  // between two looks at the clock
 
 static inline void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
+#    if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
-#elif defined(__aarch64__)
+#    elif defined(__aarch64__)
     __asm__ volatile("yield" ::: "memory");
-#endif
+#    endif
 }
 
 static int64_t now_ns(void) {

@@ -12,11 +12,11 @@ constexpr int N_NODES = 200;
 
 // what the threads of one graph have seen
 struct watch {
-    int              slow;              // a thread that comes late comes every so many nodes; 0: never
-    std::atomic<int> n_computed{ 0 };   // by all threads
-    std::atomic<int> n_early{ 0 };      // barriers that were passed too early
+    int              slow;             // a thread that comes late comes every so many nodes; 0: never
+    std::atomic<int> n_computed{ 0 };  // by all threads
+    std::atomic<int> n_early{ 0 };     // barriers that were passed too early
     std::atomic<int> n_passed{ 0 };
-    std::vector<int> n_done;            // by each thread
+    std::vector<int> n_done;           // by each thread
 
     watch(int n_threads, int slow) : slow(slow), n_done(n_threads, 0) {}
 };
