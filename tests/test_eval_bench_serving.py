@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -39,16 +40,32 @@ def test_streams(capsys: pytest.CaptureFixture[str], stock_model: Path, text: Pa
 
 
 def test_streams_count_whole_texts() -> None:
-    """Each way writes the same prompts, first one at a time and then others of the same length all at once."""
-    asked: list[list[list[int]]] = []
+    """Ways take turns text by text, then each writes others of the same length all at once."""
+    asked: list[tuple[str, list[list[int]]]] = []
 
-    def write(prompts: Any) -> int:
-        asked.append([list(prompt) for prompt in prompts])
-        return 5 * len(prompts)
+    def writer(way: str) -> streams.Write:
+        def write(prompts: streams.Prompts) -> int:
+            asked.append((way, [list(prompt) for prompt in prompts]))
+            return 5 * len(prompts)
 
-    rates = streams.measure({"way": write}, [[i, i + 1] for i in range(6)], 2, 2)
-    assert asked == [[[0, 1]], [[2, 3]], [[3, 4]], [[3, 2], [4, 3]], [[4, 5]], [[5, 6]], [[5, 4], [6, 5]]]
-    assert len(rates["way"][0]) == len(rates["way"][1]) == 2 and min(rates["way"][0]) > 0
+        return write
+
+    rates = streams.measure({"a": writer("a"), "b": writer("b")}, [([[1, 2], [1, 3]], [[6, 7], [6, 8]])])
+    assert asked[2:] == [
+        *(("a", [[1, 2]]), ("b", [[1, 2]]), ("a", [[1, 3]]), ("b", [[1, 3]])),
+        *(("a", [[6, 7], [6, 8]]), ("b", [[6, 7], [6, 8]])),
+    ]
+    assert all(prompts == [[2, 1]] for _, prompts in asked[:2])
+    assert all(len(one) == len(several) == 1 and one[0] > 0 for one, several in rates.values())
+
+
+def test_prompts_that_begin_alike(stock_model: Path) -> None:
+    """No prompt comes twice, not even its beginning in the other half of a round."""
+    args = argparse.Namespace(streams=2, prompt=3, shared=4, rounds=2)
+    rounds = streams._prompts(str(stock_model), lambda _llm, n: list(range(n)), args)
+    single, together = rounds[1]
+    assert single == [[10, 11, 12, 13, 14, 15, 16], [10, 11, 12, 13, 17, 18, 19]]
+    assert together == [[13, 12, 11, 10, 16, 15, 14], [13, 12, 11, 10, 19, 18, 17]]
 
 
 def test_harness(capsys: pytest.CaptureFixture[str], stock_model: Path, text: Path) -> None:
@@ -68,7 +85,8 @@ def test_figures_are_medians_with_ranges() -> None:
     ("words", "message"),
     [
         (("streams", "--ways", "engine,server"), "--ways: expected some of engine, serve, llama-server, found server"),
-        (("streams", "--rounds", "500"), "expected at least 128256 tokens"),
+        (("streams", "--shared", "-1"), "--shared: expected 0 or more tokens, found -1"),
+        (("streams", "--rounds", "500"), "expected at least 128000 tokens"),
         (("harness", "--questions", "9999"), "give a longer text"),
         (("harness", "-f", "missing.txt"), "missing.txt: No such file"),
     ],

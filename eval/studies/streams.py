@@ -2,11 +2,13 @@
 
     $ blockffn bench streams --shape 1.2b
     $ blockffn bench streams -m model.gguf -f text.txt --streams 8 --draft ngram
+    $ blockffn bench streams --shape 1.2b --shared 256
 
 Ways: `blockffn.Engine` in this process, `blockffn serve`, and llama-server of the same tree, each with its weights
 loaded once. In every round each way writes the same texts, first one after another, then all at once; ways take turns.
-Prompts are pieces of the text, so that no way profits from a prompt that it has seen in this round. The time is that of
-all texts, prompts included; speeds are medians over the rounds, with the lowest and the highest.
+Prompts are pieces of the text that no way has seen before; with `--shared` those of a round begin alike, as requests
+behind one system prompt do. The time is that of all texts, prompts included; speeds are medians over the rounds, with
+the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from blockffn.threads import default_threads
 
 WAYS = ("engine", "serve", "llama-server")
 LINE = "{way:<14} {one:12.1f} ({one_low:.1f}-{one_high:.1f}) {all:12.1f} ({all_low:.1f}-{all_high:.1f}) {ratio:8.2f}"
-Write = Callable[[Sequence[Sequence[int]]], int]  # prompts at once -> tokens written
+Prompts = Sequence[Sequence[int]]
+Write = Callable[[Prompts], int]  # prompts at once -> tokens written
+Timed = tuple[int, float]  # tokens, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=count, default=8, metavar="N", help="texts at once (default: 8)")
     parser.add_argument("--tokens", type=count, default=48, metavar="N", help="of a text (default: 48)")
     parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    parser.add_argument("--shared", type=int, default=0, metavar="N", help="tokens before that all prompts share (0)")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="default: 5")
     parser.add_argument("--ways", default=",".join(WAYS), help="of %(default)s (default: all)")
     parser.add_argument("--draft", metavar="ngram|PATH", help="drafter of engine and serve")
@@ -54,11 +59,14 @@ def run(args: argparse.Namespace) -> int:
         raise BlockffnError(f"--ways: expected some of {', '.join(WAYS)}, found {', '.join(sorted(unknown))}")
     threads = args.threads or default_threads()
     path, text = model_and_text(args.shape, args.model, args.file)
+    if args.shared < 0:
+        raise BlockffnError(f"--shared: expected 0 or more tokens, found {args.shared}")
     with contextlib.ExitStack() as stack:
         prompts = _prompts(path, text, args)
         writers = {way: stack.enter_context(OPEN[way](path, args, threads)) for way in ways}
-        rates = measure(writers, prompts, args.rounds, args.streams)
+        rates = measure(writers, prompts)
     where = environment() | {"threads": threads, "model": path, "streams": args.streams, "tokens": args.tokens}
+    where["shared"] = args.shared
     rows = [figures(way, *rates[way]) for way in ways]
     print(headline(where, threads))
     print(f"{'':<14} tokens/s: one after another (range) {args.streams:>6} at once (range)    ratio")
@@ -69,19 +77,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    writers: dict[str, Write], prompts: Sequence[Sequence[int]], rounds: int, streams: int
+    writers: dict[str, Write], rounds: Sequence[tuple[Prompts, Prompts]]
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Return, by way, tokens per second of each round: texts one after another, and `streams` of them at once."""
+    """Return, by way, tokens per second of each round: its first prompts one after another, its second ones at once."""
     rates: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in writers}
     for write in writers.values():
-        write(prompts[:1])  # graphs are built, weights read
-    for number in range(rounds):
-        own = prompts[(1 + number) * streams : (2 + number) * streams]
+        write([rounds[0][0][0][::-1]])  # graphs are built, weights read
+    for number, (single, together) in enumerate(rounds, 1):
+        alone: dict[str, list[Timed]] = {way: [] for way in writers}
+        for prompt in single:  # text by text, so that a slow minute of the machine meets all ways
+            for way, write in writers.items():
+                alone[way].append(_timed(write, [prompt]))
         for way, write in writers.items():
-            rates[way][0].append(_rate(lambda: sum(write([prompt]) for prompt in own)))  # noqa: B023  called here
-        for way, write in writers.items():
-            rates[way][1].append(_rate(lambda: write([prompt[::-1] for prompt in own])))  # noqa: B023  unseen prompts
-        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            rates[way][0].append(sum(n for n, _ in alone[way]) / sum(seconds for _, seconds in alone[way]))
+            tokens, seconds = _timed(write, together)
+            rates[way][1].append(tokens / seconds)
+        print(f"round {number} of {len(rounds)}", file=sys.stderr, flush=True)
     return rates
 
 
@@ -93,25 +104,30 @@ def figures(way: str, one: Sequence[float], several: Sequence[float]) -> dict[st
     return row | {"ratio": row["all"] / row["one"]}
 
 
-def _rate(write: Callable[[], int]) -> float:
+def _timed(write: Write, prompts: Prompts) -> Timed:
     started = time.perf_counter()
-    written = write()
-    return written / (time.perf_counter() - started)
+    return write(prompts), time.perf_counter() - started
 
 
-def _prompts(path: str, text: Any, args: argparse.Namespace) -> list[list[int]]:
-    """Return prompts for all rounds: neighbouring pieces of the text."""
+def _prompts(path: str, text: Any, args: argparse.Namespace) -> list[tuple[Prompts, Prompts]]:
+    """Return the prompts of each round: those to ask one by one, and those to ask at once."""
     import blockffn
 
-    n = (1 + args.rounds) * args.streams
+    n = args.shared + args.streams * args.prompt
     with blockffn.Llama(path, n_ctx=64, n_threads=1) as llm:
-        tokens = text(llm, n * args.prompt)
-    return [tokens[i * args.prompt : (i + 1) * args.prompt] for i in range(n)]
+        tokens = text(llm, args.rounds * n)
+    rounds: list[tuple[Prompts, Prompts]] = []
+    for start in range(0, len(tokens), n):
+        shared, own = tokens[start : start + args.shared], tokens[start + args.shared : start + n]
+        pieces = [own[i : i + args.prompt] for i in range(0, len(own), args.prompt)]
+        # backwards they are other texts
+        rounds.append(([shared + piece for piece in pieces], [shared[::-1] + piece[::-1] for piece in pieces]))
+    return rounds
 
 
 def _n_ctx(args: argparse.Namespace) -> int:
     """Return the tokens that the caches hold: every text whole."""
-    return int(args.streams * (args.prompt + args.tokens + 16))
+    return int(args.streams * (args.shared + args.prompt + args.tokens + 16))
 
 
 @contextlib.contextmanager
