@@ -41,12 +41,14 @@ int64_t both_see(const ggml_fp16_t * a, const ggml_fp16_t * b, int64_t n) {
     return seen;
 }
 
-// Puts a token into the group of the one before it unless a quarter of what either sees is hidden from the other.
-void groups_get(const attn_op & op, attn_plan & p) {
-    if (!op.mask || op.mask->ne[2] > 1 || op.n_streams > 1 || op.n_tokens == 1 || op.n_tokens > MAX_GROUPS) {
+// Puts a token into the group of the one before it unless a quarter of what either sees is hidden from the other. A single
+// group lists its cells where that halves the work of a thread, although heads are fewer than threads and these then read the
+// same cells: a text alone in a cache that still holds others.
+void groups_get(const attn_op & op, attn_plan & p, int n_threads) {
+    if (!op.mask || op.mask->ne[2] > 1 || op.n_streams > 1 || op.n_tokens > MAX_GROUPS) {
         return;
     }
-    int64_t before = 0;
+    int64_t before = 0, most_seen = 0;
     for (int64_t t = 0; t < op.n_tokens; t++) {
         const ggml_fp16_t * m    = mask_row(op.mask, t, 0, 0);
         const int64_t       seen = both_see(m, m, op.n_kv);
@@ -56,9 +58,11 @@ void groups_get(const attn_op & op, attn_plan & p) {
                 p.token[p.n_groups++] = (int32_t) t;
             }
         }
-        before = seen;
+        before    = seen;
+        most_seen = std::max(most_seen, seen);
     }
     p.token[p.n_groups] = (int32_t) op.n_tokens;
+    p.listed = p.n_groups > 1 || 2 * most_seen * std::max<int64_t>(n_threads, op.n_heads_kv) <= op.n_heads_kv * op.n_kv;
 }
 
 int64_t widest_group(const attn_plan & p) {
@@ -129,8 +133,8 @@ attn_plan attn_plan_get(const attn_op & op, int n_threads) {
     attn_plan p = {
         fewest, false, 1, 1, { 0, (int32_t) op.n_tokens }
     };
-    groups_get(op, p);
-    if (p.grouped()) {
+    groups_get(op, p, n_threads);
+    if (p.listed) {
         const int64_t widest = op.group * widest_group(p);
         p.n_blocks           = (widest + rows - 1) / rows;
         while (!balanced(p.n_pieces(op), n_threads) && widest >= (p.n_blocks + 1) * FEWEST_ROWS) {

@@ -32,15 +32,14 @@ bool attn_op_get(ggml_tensor * dst, attn_op & op);
 // How a node is cut: into blocks of rows that one thread takes through all stages, or each stage for itself, into tiles
 // of keys, rows, and strips of columns, with scores that all threads share. Tokens of several texts, which see different
 // parts of the cache, go in groups of neighbours that see much the same; a block then belongs to one group, and reads
-// only the cells that it sees. The bits are the same.
+// only the cells that it sees, as the block of a text does that sees few. The bits are the same.
 struct attn_plan {
     int64_t n_blocks;               // of rows, per group and key/value head
     bool    by_stage;
     int64_t n_strips;               // of columns of values, in the third stage
     int64_t n_groups;               // of tokens
     int32_t token[MAX_GROUPS + 1];  // the first one of each group, and behind the last group
-
-    bool grouped() const { return n_groups > 1; }
+    bool    listed = false;         // a block reads only the cells that its group sees
 
     int64_t n_pieces(const attn_op & op) const { return op.n_heads_kv * op.n_streams * n_groups * n_blocks; }
 };

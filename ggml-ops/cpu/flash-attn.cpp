@@ -39,11 +39,11 @@ void queries_get(const attn_op & op, const attn_piece & piece, const attn_scratc
 }
 
 // all stages of one piece
-void run_piece(const attn_op & op, attn_piece piece, bool grouped, const attn_scratch & s, float * scores) {
+void run_piece(const attn_op & op, attn_piece piece, bool listed, const attn_scratch & s, float * scores) {
     attn_row rows[MAX_ROWS];
     rows_get(op, piece, scores, rows);
     queries_get(op, piece, s, rows);
-    if (grouped) {
+    if (listed) {
         attn_piece_list(op, rows, s.cells, piece);
     }
     for (int64_t index = 0; index < piece.n_tiles(); index++) {
@@ -66,7 +66,7 @@ void run_whole(const ggml_compute_params * params,
     }
     ggml_barrier(params->threadpool);
     for (int64_t i = params->ith; i < p.n_pieces(op); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        run_piece(op, attn_piece_get(op, p, i), p.grouped(), s, scores);
+        run_piece(op, attn_piece_get(op, p, i), p.listed, s, scores);
     }
 }
 
