@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import signal
 import subprocess
@@ -110,10 +109,10 @@ class Local:
     def held(self, after: int) -> Iterator[None]:
         """Let the engine take `after` more steps, and none beyond until the block is left: no answer ends too early."""
         scheduler = self.service.engine._scheduler
-        step, taken, released = scheduler.step, itertools.count(), threading.Event()
+        step, first, released = scheduler.step, scheduler.steps, threading.Event()
 
-        def held_step() -> None:
-            if next(taken) >= after:
+        def held_step() -> None:  # turns of an idle engine do not count
+            if scheduler.steps - first >= after:
                 released.wait(60)
             step()
 
