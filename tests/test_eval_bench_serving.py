@@ -50,18 +50,19 @@ def test_streams_count_whole_texts() -> None:
 
         return write
 
-    rates = streams.measure({"a": writer("a"), "b": writer("b")}, [([[1, 2], [1, 3]], [[6, 7], [6, 8]])])
+    rounds = [([[9, 4]], []), ([[1, 2], [1, 3]], [[6, 7], [6, 8]])]
+    rates = streams.measure({"a": writer("a"), "b": writer("b")}, rounds)
     assert asked[2:] == [
         *(("a", [[1, 2]]), ("b", [[1, 2]]), ("a", [[1, 3]]), ("b", [[1, 3]])),
         *(("a", [[6, 7], [6, 8]]), ("b", [[6, 7], [6, 8]])),
     ]
-    assert all(prompts == [[2, 1]] for _, prompts in asked[:2])
+    assert all(prompts == [[9, 4]] for _, prompts in asked[:2])
     assert all(len(one) == len(several) == 1 and one[0] > 0 for one, several in rates.values())
 
 
 def test_prompts_that_begin_alike(stock_model: Path) -> None:
     """No prompt comes twice, not even its beginning in the other half of a round."""
-    args = argparse.Namespace(streams=2, prompt=3, shared=4, rounds=2)
+    args = argparse.Namespace(streams=2, prompt=3, shared=4, rounds=1)
     rounds = streams._prompts(str(stock_model), lambda _llm, n: list(range(n)), args)
     single, together = rounds[1]
     assert single == [[10, 11, 12, 13, 14, 15, 16], [10, 11, 12, 13, 17, 18, 19]]
@@ -86,7 +87,7 @@ def test_figures_are_medians_with_ranges() -> None:
     [
         (("streams", "--ways", "engine,server"), "--ways: expected some of engine, serve, llama-server, found server"),
         (("streams", "--shared", "-1"), "--shared: expected 0 or more tokens, found -1"),
-        (("streams", "--rounds", "500"), "expected at least 128000 tokens"),
+        (("streams", "--rounds", "500"), "expected at least 128256 tokens"),
         (("harness", "--questions", "9999"), "give a longer text"),
         (("harness", "-f", "missing.txt"), "missing.txt: No such file"),
     ],

@@ -79,11 +79,14 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     writers: dict[str, Write], rounds: Sequence[tuple[Prompts, Prompts]]
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Return, by way, tokens per second of each round: its first prompts one after another, its second ones at once."""
+    """Return, by way, tokens per second of each round: its first prompts one after another, its second ones at once.
+
+    The first round is for warming up: graphs are built, weights read.
+    """
     rates: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in writers}
     for write in writers.values():
-        write([rounds[0][0][0][::-1]])  # graphs are built, weights read
-    for number, (single, together) in enumerate(rounds, 1):
+        write(rounds[0][0][:1])
+    for number, (single, together) in enumerate(rounds[1:], 1):
         alone: dict[str, list[Timed]] = {way: [] for way in writers}
         for prompt in single:  # text by text, so that a slow minute of the machine meets all ways
             for way, write in writers.items():
@@ -92,7 +95,7 @@ def measure(
             rates[way][0].append(sum(n for n, _ in alone[way]) / sum(seconds for _, seconds in alone[way]))
             tokens, seconds = _timed(write, together)
             rates[way][1].append(tokens / seconds)
-        print(f"round {number} of {len(rounds)}", file=sys.stderr, flush=True)
+        print(f"round {number} of {len(rounds) - 1}", file=sys.stderr, flush=True)
     return rates
 
 
@@ -110,12 +113,12 @@ def _timed(write: Write, prompts: Prompts) -> Timed:
 
 
 def _prompts(path: str, text: Any, args: argparse.Namespace) -> list[tuple[Prompts, Prompts]]:
-    """Return the prompts of each round: those to ask one by one, and those to ask at once."""
+    """Return the prompts of a round to warm up and of all others: those to ask one by one, and those to ask at once."""
     import blockffn
 
     n = args.shared + args.streams * args.prompt
     with blockffn.Llama(path, n_ctx=64, n_threads=1) as llm:
-        tokens = text(llm, args.rounds * n)
+        tokens = text(llm, (1 + args.rounds) * n)
     rounds: list[tuple[Prompts, Prompts]] = []
     for start in range(0, len(tokens), n):
         shared, own = tokens[start : start + args.shared], tokens[start + args.shared : start + n]

@@ -2,15 +2,16 @@
 
 #    include "barrier.h"
 
+#    include "ggml.h"
+
 #    include <limits.h>
 #    include <linux/futex.h>
 #    include <stdbool.h>
 #    include <stdint.h>
 #    include <sys/syscall.h>
-#    include <time.h>
 #    include <unistd.h>
 
-#    define SPIN_NS     50000
+#    define SPIN_US     50  // longer than the waits that an even share of the work leaves
 #    define SPIN_ROUNDS 64  // between two looks at the clock
 
 static inline void relax(void) {
@@ -21,14 +22,8 @@ static inline void relax(void) {
 #    endif
 }
 
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
-
 static bool spin(atomic_int * passed, int before) {
-    const int64_t end = now_ns() + SPIN_NS;
+    const int64_t end = ggml_time_us() + SPIN_US;
     do {
         for (int i = 0; i < SPIN_ROUNDS; i++) {
             if (atomic_load_explicit(passed, memory_order_acquire) != before) {
@@ -36,7 +31,7 @@ static bool spin(atomic_int * passed, int before) {
             }
             relax();
         }
-    } while (now_ns() < end);
+    } while (ggml_time_us() < end);
     return false;
 }
 

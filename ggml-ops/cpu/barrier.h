@@ -1,6 +1,6 @@
 // How a thread waits at the barrier between two nodes, on Linux: it spins for a while, then sleeps until it is woken.
 //
-// libgomp's barrier does the same, but spins for 100 rounds only (about 2 us) once all its teams together have more threads
+// libgomp's barrier does the same, but spins for 100 rounds only once all its teams together have more threads
 // than the machine has cores. A team belongs to the thread that starts it: a program that computes from two threads, or
 // that multiplies with torch as well, has two, and then puts its threads to sleep at most of the barriers of a graph.
 #pragma once
