@@ -5,6 +5,7 @@ BLOCKFFN_DRAWS=20000 pytest tests/test_sampling.py     # the long run; the defau
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ library.load()
 from llama_cpp import LlamaGrammar  # noqa: E402  only after `load`
 
 DRAWS = int(os.environ.get("BLOCKFFN_DRAWS", "3000"))
+LOOP_DRAWS = int(os.environ.get("BLOCKFFN_DRAWS", "300"))  # through the whole loop, which takes longer
 PROMPT = [1, 70, 80, 90]
 
 
@@ -89,8 +91,18 @@ def test_first_and_second_tokens_are_distributed_as_the_target_says(llm: Any, te
     assert surprise(counts, wrong * DRAWS / wrong.sum()) > 4
 
 
-class Twigs(ModelDrafter):
-    """Trees: beside every token of the draft model a sibling that is wrong."""
+class Unsure(ModelDrafter):
+    """Chains whose first token is wrong for every third token of the draft model."""
+
+    name = "unsure"
+
+    def propose(self, context: Context, n: int) -> Draft:
+        chain = super().propose(context, n).tokens.tolist()
+        return Draft.chain([abs(chain[0] - (chain[0] % 3 == 0)), *chain[1:]], self.name)
+
+
+class Twigs(Unsure):
+    """Trees: beside every token of such a chain a sibling that is wrong."""
 
     name, can_tree = "twigs", True
 
@@ -105,6 +117,32 @@ def text(llm: Any, drafter: Any, plan: Plan | None, seed: int = 3, n: int = 60, 
     llm.speculate(drafter, True, plan)
     llm.set_seed(seed)
     return list(itertools.islice(llm.generate(PROMPT, **arguments), n))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 0.8, 1.0])
+@pytest.mark.parametrize(("kind", "plan"), [(Unsure, Plan(2)), (Twigs, Plan(4, True))])
+def test_verified_tokens_are_distributed_as_the_target_says(
+    llm: Any, stock_model: Path, kind: type[ModelDrafter], plan: Plan, temperature: float
+) -> None:
+    """The second token comes from a batch with a draft, which is accepted or not."""
+    params = GenerationParams(temperature=temperature)
+    first = probabilities(llm, llm.logits(PROMPT)[-1], params)
+    second = sum(
+        first[token] * probabilities(llm, llm.logits([*PROMPT, int(token)])[-1], params)
+        for token in np.flatnonzero(first)
+    )
+    expected = LOOP_DRAWS * np.array([first, second])
+    counts, accepted = np.zeros(expected.shape, np.int64), 0
+    with contextlib.closing(kind(stock_model, max_nodes=4)) as drafter:
+        llm.speculate(drafter, True, plan)
+        for seed in range(LOOP_DRAWS):
+            llm.set_seed(seed)
+            tokens = list(itertools.islice(llm.generate(PROMPT, temp=temperature), 3))
+            counts[[0, 1], tokens[:2]] += 1
+            accepted += llm.statistics()["accepted"] > 0
+        llm.speculate(None)
+    assert 0 < accepted < LOOP_DRAWS
+    assert surprise(counts[0], expected[0]) < 4 and surprise(counts[1], expected[1]) < 4
 
 
 GRAMMAR = 'root ::= ("ab" [0-9]+ " ")+'

@@ -35,6 +35,7 @@ STUDIES = {
     "activation": ("blockffn.eval.bench.activation", "NormSiLU against SiLU"),
     "choice": ("blockffn.eval.studies.choice", "the automatic draft length against the best fixed one"),
     "exact": ("blockffn.eval.studies.exact", "exact mode against the default mode"),
+    "temperature": ("blockffn.eval.studies.temperature", "sampled text: what is accepted at which temperature"),
     "harness": ("blockffn.eval.studies.harness", "requests of lm_eval: together, one by one, beside llama-server"),
     "streams": ("blockffn.eval.studies.streams", "many texts at once, in Python and over HTTP, beside llama-server"),
     "loop": ("blockffn.eval.studies.loop", "the time of the Python loop of speculative decoding"),

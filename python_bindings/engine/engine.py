@@ -194,8 +194,9 @@ class Engine:
             sampler = Chain(llm._model, params, seed, lambda: text.tokens, draw, self._is_end)
         record = self._scheduler.budget.record()
         limit = params.max_tokens if params.max_tokens and params.max_tokens > 0 else self.n_ctx
+        longest = min(text.n + limit, self.n_ctx + 1)
         return Job(
-            stream, text, limit, sampler, self._is_end, self._pieces.piece, TextPieces(params.stops), record, draw
+            stream, text, longest, sampler, self._is_end, self._pieces.piece, TextPieces(params.stops), record, draw
         )
 
     def statistics(self) -> dict[str, Any]:

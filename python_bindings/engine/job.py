@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -29,7 +30,7 @@ class Job:
 
     stream: Stream
     text: Text  # verified; the last token is not evaluated yet
-    limit: int  # tokens to generate at most
+    longest: int  # tokens of the text at which it ends
     sampler: Chain | None  # None: greedy
     is_end: Any
     piece: Any  # token -> bytes
@@ -40,67 +41,58 @@ class Job:
     submitted: float = field(default_factory=perf_counter)
     started: float = 0.0
     preempted: int = 0
-    reused: int = 0
 
     def __lt__(self, other: Job) -> bool:
         """Order by arrival."""
         return self.stream.number < other.stream.number
 
-    def walk(self, step: Step, logits: Floats, number: int) -> str | None:
-        """Take the tokens of one evaluation, logits float32 [1 + nodes, n_vocab]; return why the text ends, or None.
+    def walk(self, step: Step, logits: Floats, best: Sequence[int], number: int) -> str | None:
+        """Take the tokens of one evaluation; return why the text ends, or None.
 
-        The draft is a chain; the walk goes on while it holds the token that is sampled, and counts in `step.path`.
+        logits: float32 [1 + nodes, n_vocab]; best: the most likely token of each row. The draft is a chain; the walk
+        goes on while it holds the token that is chosen, and counts in `step.path`.
         """
-        draft, path, out = step.draft.tokens.tolist(), step.path, []
-        params, ends = self.stream.params, None
-        while ends is None:
-            row = logits[len(path)]
-            began = perf_counter()
-            token = self._greedy(row) if self.sampler is None else self.sampler.sample(self.text.n, row)
-            step.sample_seconds += perf_counter() - began
-            step.tokens += 1
-            accepted = len(path) < len(draft) and token == draft[len(path)]
-            ended = not params.ignore_eos and self.is_end(token)
-            rest = self.pieces.finish() if ended else self.pieces.add(self.piece(token))
-            if ended:
-                ends = "stop"
-            else:
-                self.text.append((token,))
-                ends = self._ends()
-                if ends == "length":
-                    rest += self.pieces.finish()
-            source = "draft" if accepted else "verified" if draft else "plain"
-            if rest or not ended:
-                logprob, top = _log_probabilities(row, token, params.logprobs)
-                out.append(Token(token, rest, logprob, top, source, number))
-            step.complete = not accepted
-            if not accepted:
-                break
-            if ends is None:
-                path.append(len(path))
+        draft, out, ends, place = step.draft.tokens.tolist(), [], None, -1
+        count, accepted = self.stream.params.logprobs, True
+        while accepted and ends is None:
+            place += 1
+            token = self._choose(step, logits[place], best[place])
+            accepted = place < len(draft) and token == draft[place]
+            text, ends = self._take(token)
+            if text is not None:
+                logprob, top = (None, None) if count is None else _log_probabilities(logits[place], token, count)
+                source = "draft" if accepted else "verified" if draft else "plain"
+                out.append(Token(token, text, logprob, top, source, number))
+        step.tokens, step.complete = place + 1, not accepted
+        step.path = list(range(place))
         self.statistics.add(step)
-        self.stream.put(out, None)
+        self.stream.put(out)
         return ends
 
-    def _greedy(self, row: Floats) -> int:
-        """Return the most likely token; where the text goes on past its end, of those that do not end it."""
-        token = int(row.argmax())
-        while self.stream.params.ignore_eos and self.is_end(token):
-            row = row.copy()
-            row[token] = -np.inf
-            token = int(row.argmax())
-        return token
+    def _choose(self, step: Step, row: Floats, best: int) -> int:
+        """Return the next token: the best one, or one that the sampler draws; the draw's seconds count in `step`."""
+        if self.sampler is not None:
+            began = perf_counter()
+            best = self.sampler.sample(self.text.n, row)
+            step.sample_seconds += perf_counter() - began
+        elif self.stream.params.ignore_eos:
+            while self.is_end(best):  # of the tokens that do not end the text
+                row = row.copy()
+                row[best] = -np.inf
+                best = int(row.argmax())
+        return best
 
-    def _ends(self) -> str | None:
-        """Return why the text ends with its last token, if it does."""
+    def _take(self, token: int) -> tuple[str | None, str | None]:
+        """Add a token to the text; return what the answer gains and why it ends, each None where it does not."""
+        if not self.stream.params.ignore_eos and self.is_end(token):
+            return self.pieces.finish() or None, "stop"
+        self.text.add(token)
+        gained = self.pieces.add(self.piece(token))
         if self.pieces.stopped:
-            return "stop"
-        return "length" if self.generated >= self.limit or self.text.room < 0 else None
-
-    @property
-    def generated(self) -> int:
-        """How many tokens were generated."""
-        return self.text.n - len(self.stream.prompt)
+            return gained, "stop"
+        if self.text.n >= self.longest:
+            return gained + self.pieces.finish(), "length"
+        return gained, None
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the stream."""
@@ -108,12 +100,8 @@ class Job:
         return self.statistics.as_dict() | {"queue_ms": 1e3 * queued, "preempted": self.preempted}
 
 
-def _log_probabilities(
-    row: Floats, token: int, count: int | None
-) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+def _log_probabilities(row: Floats, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Return the log-probability of a token and the `count` largest, of the model's own distribution."""
-    if count is None:
-        return None, None
     total = float(log_total(row[None])[0])
     best = top_k(row[None], count)[0].tolist() if count else []
     return float(row[token]) - total, tuple((one, float(row[one]) - total) for one in best)

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,14 @@ class Shape:
     n_vocab: int
     n_embd: int
     n_batch: int
+
+
+class Outputs(NamedTuple):
+    """What an evaluation gives: logits float32 [outputs, n_vocab], the best token of each, states [tokens, n_embd]."""
+
+    logits: Floats
+    best: list[int]
+    states: Floats
 
 
 class Scheduler:
@@ -92,9 +100,9 @@ class Scheduler:
             parts = self._fill(running)
             evaluated = perf_counter()
             if self.cache.evaluate(self.batch.native):
-                logits, states = self._outputs()
+                outputs = self._outputs()
                 seconds = perf_counter() - evaluated
-                sampling = self._finish_step(parts, logits, states, seconds, drafting)
+                sampling = self._finish_step(parts, outputs, seconds, drafting)
                 took = perf_counter() - began
                 self.seconds += took
                 self.loop_seconds += took - seconds - drafting - sampling
@@ -197,14 +205,15 @@ class Scheduler:
         batch.close()
         return parts
 
-    def _outputs(self) -> tuple[Floats, Floats]:
-        """Return logits float32 [outputs, n_vocab] and states [tokens, n_embd]; waits for the end of the evaluation."""
+    def _outputs(self) -> Outputs:
+        """Return what the evaluation gives, once it has ended."""
         ctx, batch, shape = self.cache.ctx, self.batch, self.shape
         self._synchronize(ctx)
         logits = self._views.at(self._logits_address(ctx), batch.n_outputs, shape.n_vocab)
-        return logits, self._views.at(self._states_address(ctx), batch.n * self._read_states, shape.n_embd)
+        states = self._views.at(self._states_address(ctx), batch.n * self._read_states, shape.n_embd)
+        return Outputs(logits, logits.argmax(axis=1).tolist(), states)
 
-    def _finish_step(self, parts: Parts, logits: Floats, states: Floats, seconds: float, drafting: float) -> float:
+    def _finish_step(self, parts: Parts, outputs: Outputs, seconds: float, drafting: float) -> float:
         """Let every text take its tokens from the rows of the evaluation; return the seconds of sampling."""
         union = None
         if self.union is not None:
@@ -221,10 +230,10 @@ class Scheduler:
             else:
                 step.verify_seconds, step.union = seconds, union
             if part.n_outputs:
-                self._walk(slot, step, logits[part.output : part.output + part.n_outputs])
+                self._walk(slot, step, outputs, slice(part.output, part.output + part.n_outputs))
             kept = part.n - step.nodes + step.accepted
             if self._read_states and slot.drafter is not None:
-                slot.drafter.hidden(job.text.tokens, step.position, states[part.row : part.row + kept])
+                slot.drafter.hidden(job.text.tokens, step.position, outputs.states[part.row : part.row + kept])
             slot.held = job.text.tokens[: step.position + kept]
             if kept < part.n:
                 self.cache.forget(slot.index, slot.cached)
@@ -240,12 +249,12 @@ class Scheduler:
         slot.used = self.steps
         self._cell += n
 
-    def _walk(self, slot: Slot, step: Step, logits: Floats) -> None:
+    def _walk(self, slot: Slot, step: Step, outputs: Outputs, rows: slice) -> None:
         """Let a text take its tokens; policy and drafter learn what became of the draft."""
         job = slot.job
         assert job is not None
         try:
-            ends = job.walk(step, logits, self.steps)
+            ends = job.walk(step, outputs.logits[rows], outputs.best[rows], self.steps)
         except Exception as error:  # of this text: a processor of its caller, a grammar that allows nothing
             self._end(slot, "error", error)
             return

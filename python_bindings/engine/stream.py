@@ -21,7 +21,7 @@ class Stream:
     """The tokens of one answer, in order, for one reader: a thread or a task.
 
     finish_reason: None while it runs; then "stop" (end of the text, or a stop text), "length" (max_tokens, or the
-    context is full), "cancelled" or "error". statistics: figures so far (see docs/speculative.md). seed: of its
+    context is full), "cancelled" or "error". statistics: figures, once it has ended (see docs/speculative.md). seed: of its
     random numbers, the one that was drawn where none was asked for. Reading raises what went wrong.
     """
 
@@ -89,12 +89,11 @@ class Stream:
         if self._error is not None:
             raise self._error
 
-    def put(self, tokens: list[Token], statistics: dict[str, Any] | None = None) -> None:
+    def put(self, tokens: list[Token]) -> None:
         """Give tokens to the reader (the engine's side)."""
         with self._changed:
             self.tokens += tokens
             self._unread.extend(tokens)
-            self.statistics = self.statistics if statistics is None else statistics
             self._wake()
 
     def finish(self, reason: str, statistics: dict[str, Any], error: BaseException | None = None) -> None:

@@ -25,7 +25,8 @@ class TextPieces:
 
     def add(self, data: bytes) -> str:
         """Return the text that is certain after these bytes."""
-        return self._take(self._decoder.decode(data))
+        text = self._decoder.decode(data)
+        return self._take(text) if self._stops else text
 
     def finish(self) -> str:
         """Return what was held back: the answer ends here."""
@@ -35,13 +36,11 @@ class TextPieces:
 
     def _take(self, text: str) -> str:
         text = self._held + text
-        if not self._stops:
-            return text
         found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        hold = max(_overlap(text, stop) for stop in self._stops)
+        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 

@@ -53,6 +53,13 @@ class Text:
         self._memory[self.n : self.n + len(tokens)] = tokens
         self.n += len(tokens)
 
+    def add(self, token: int) -> None:
+        """Add one verified token; RuntimeError when the context cannot hold it."""
+        if self.n == len(self._memory):
+            raise RuntimeError(f"the context is full: {self.n + 1} tokens in {self.n - 1}")
+        self._memory[self.n] = token
+        self.n += 1
+
     @property
     def tokens(self) -> Tokens:
         """The text, int32 [n]; never changes where it was once verified."""
@@ -230,7 +237,7 @@ class Loop:
                 step.sample_seconds += sampled - sample_started
                 if sampling.stop is not None and sampling.stop(state.input_ids[: state.n_tokens], row):
                     return None
-                text.append((token,))
+                text.add(token)
                 child = _child(children, tokens, node, token)
                 step.complete = child is None
                 step.loop_seconds += perf_counter() - sampled + sample_started - started

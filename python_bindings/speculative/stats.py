@@ -56,21 +56,23 @@ class Statistics:
         self.loop_seconds += step.loop_seconds
         if step.plan is None:
             return
-        draft, size = step.draft, 1 + step.nodes
+        draft, nodes, accepted = step.draft, step.nodes, step.accepted
+        size = 1 + nodes
         self.steps += 1
-        self.plain_steps += step.nodes == 0
+        self.plain_steps += nodes == 0
         self.tree_steps += not draft.is_chain
-        self.drafted += step.nodes
-        self.accepted += step.accepted
-        self.accepted_by_step.append(step.accepted)
-        if step.nodes:
-            _count(self.drafted_by_position, draft.levels, draft.levels)
-            _count(self.accepted_by_position, step.accepted, draft.levels)
+        self.drafted += nodes
+        self.accepted += accepted
+        self.accepted_by_step.append(accepted)
+        if nodes:
+            levels = draft.levels
+            _count(self.drafted_by_position, levels, levels)
+            _count(self.accepted_by_position, accepted, levels)
         self.steps_by_size[size] += 1
         self.seconds_by_size[size] = self.seconds_by_size.get(size, 0.0) + step.verify_seconds
         if step.union is not None:
             self.union_by_size[size] = self.union_by_size.get(size, 0.0) + step.union
-        if step.nodes and draft.source:
+        if nodes and draft.source:
             self.steps_by_source[draft.source] += 1
 
     @property
