@@ -1,6 +1,7 @@
 # blockffn: `make demo` and `make test` do everything on a fresh machine; the other targets are their parts.
 #   PYTHON         interpreter for the virtual environment (>= 3.10)
-#   BUILD_PROFILE  native (this CPU, default) or portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX);
+#   BUILD_PROFILE  native (this CPU, default), portable (x86-64: AVX2+FMA+F16C+BMI2, no AVX512, no AMX) or
+#                  dispatch (every generation of CPUs, chosen at run time: what a wheel carries);
 #                  for us: amx-emulated, amx-free (what a CPU with AMX gets, see ggml-ops/tests/amx-stand-in.h)
 #   JOBS           parallel compile jobs
 
@@ -31,16 +32,19 @@ ifeq ($(BUILD_PROFILE),native)
 CMAKE_FLAGS += -DGGML_NATIVE=ON
 else ifeq ($(BUILD_PROFILE),portable)
 CMAKE_FLAGS += -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
+else ifeq ($(BUILD_PROFILE),dispatch)
+# No OpenMP, which a machine may lack. The C++ runtime is the machine's: a static one needs a newer glibc (2.36, for arc4random).
+CMAKE_FLAGS += -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DGGML_OPENMP=OFF
 else ifneq ($(filter amx-emulated amx-free,$(BUILD_PROFILE)),)
 AMX_FLAGS := -march=sapphirerapids $(if $(filter amx-free,$(BUILD_PROFILE)),-DAMX_STAND_IN_FREE)
 CMAKE_FLAGS += -DGGML_NATIVE=OFF -DCMAKE_C_FLAGS="$(AMX_FLAGS)" \
                -DCMAKE_CXX_FLAGS="$(AMX_FLAGS) -include $(CURDIR)/ggml-ops/tests/amx-stand-in.h"
 else
-$(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native or portable (or amx-emulated, amx-free))
+$(error BUILD_PROFILE is '$(BUILD_PROFILE)': expected native, portable or dispatch (or amx-emulated, amx-free))
 endif
 
 .PHONY: demo test test-quick setup venv tree build lint bench bench-ops test-upstream test-sanitize test-arm fuzz \
-        test-amx test-clients wheel check-upstream refresh-patches clean
+        test-amx test-clients wheel wheels test-wheels check-upstream refresh-patches clean
 
 setup: venv build
 
@@ -170,11 +174,25 @@ test-clients: setup
 	    'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("blockffn") if "clients" in r))')
 	$(PY) -m pytest tests/test_serve_clients.py tests/test_replace_llama.py
 
-wheel:
-	$(MAKE) BUILD_PROFILE=portable setup
+# Wheels that need no compiler where they are installed: ours with the CPU backends of every generation, and llama_cpp's
+# binding without its library. auditwheel says which glibc they need.
+WHEEL_TOOLS := auditwheel==6.8.2 wheel==0.48.0
+
+wheel: wheels
+
+wheels:
+	$(MAKE) BUILD_PROFILE=dispatch setup
+	$(PY) -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
 	$(PY) python_bindings/build_wheel.py
 
-# Whether the patches fit another release of the upstream package.
+# The wheels in a clean environment, the op tests and the promises of exact mode with run-time dispatch, and the choice of a
+# backend by emulated processors (Debian and Ubuntu: apt-get install qemu-user).
+test-wheels: wheels
+	for test in test-node-barrier test-flash-attn test-relu-router test-union-ffn test-batch-invariance; do \
+	    build/dispatch/bin/$$test || exit 1; done
+	BLOCKFFN_LIB_DIR=$(CURDIR)/build/dispatch/bin BLOCKFFN_WHEELS=$(CURDIR)/dist $(PY) -m pytest \
+	    tests/test_backends.py tests/test_wheel.py tests/test_speculative_exact.py tests/test_engine_exact.py
+
 check-upstream: venv
 	@test -n "$(VERSION)" || { echo "error: which release? make check-upstream VERSION=0.3.35"; exit 1; }
 	$(PY) patches/check_upstream.py $(VERSION)

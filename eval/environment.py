@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import blockffn
-from blockffn import library
+from blockffn import backends, library
 from blockffn.errors import BlockffnError
 from blockffn.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ("native", "portable")
+PROFILES = ("native", "portable", "dispatch")
 AMX_PROFILES = ("amx-emulated", "amx-free")  # the Makefile's; no wheel and no default has them
 
 
@@ -38,12 +38,14 @@ def environment(directory: Path | None = None) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "profile": profile if profile in PROFILES + AMX_PROFILES else "other",
+        "cpu_variant": backends.variant(),
     }
 
 
 def headline(where: dict[str, Any], threads: int) -> str:
     """Return the line that stands above a table of figures."""
-    return f"{where['cpu']}, {threads} threads, profile {where['profile']}, commit {where['commit']}"
+    variant = f" ({where['cpu_variant']})" if where.get("cpu_variant") else ""
+    return f"{where['cpu']}, {threads} threads, profile {where['profile']}{variant}, commit {where['commit']}"
 
 
 def profile_directory(profile: str | None) -> Path | None:

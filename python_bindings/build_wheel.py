@@ -1,15 +1,17 @@
 """Build the wheel that carries the native libraries and programs, and the wheel of the stock llama_cpp binding.
 
-    python python_bindings/build_wheel.py                    # what `make wheel` runs: portable profile, into dist/
+    python python_bindings/build_wheel.py                    # what `make wheels` runs: dispatch profile, into dist/
     pip install --find-links dist blockffn                   # then compiles nothing
 
 The libraries of build/<profile>/bin find each other by $ORIGIN, so they and the programs lie in one folder of the
-package, blockffn/native/bin. A wheel holds no links: every library is stored once, under its SONAME.
+package, blockffn/native/bin. A wheel holds no links: every library is stored once, under its SONAME. auditwheel names
+the oldest glibc that they run on, which the wheel is tagged with; without it the tag is that of this machine's Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import re
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PORTABLE = ROOT / "build" / "portable" / "bin"
+DISPATCH = ROOT / "build" / "dispatch" / "bin"
 STAGE = ROOT / "build" / "wheel"
 PACKAGES = ("python_bindings", "convert", "eval", "training")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
@@ -70,7 +72,7 @@ def openmp_library(folder: Path) -> Path | None:
 def stage(built: Path, folder: Path) -> None:
     """Copy the sources, and the libraries and programs in `built`, to `folder`, ready for setuptools."""
     if not (built / BINDING).exists():
-        sys.exit(f"error: {built / BINDING} is missing: run `make BUILD_PROFILE=portable setup`")
+        sys.exit(f"error: {built / BINDING} is missing: run `make BUILD_PROFILE=dispatch setup`")
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "build_wheel.py")
     for name in PACKAGES:
@@ -107,10 +109,24 @@ def pip_wheel(source: Path, out: Path, backend: str, environment: dict[str, str]
         sys.exit(f"{run.stdout}{run.stderr}error: no wheel of {source.name}: see above")
 
 
+def tagged(wheel: Path) -> Path:
+    """Give a wheel the tag of the oldest glibc that its libraries run on; return its new name."""
+    if importlib.util.find_spec("auditwheel") is None:
+        return wheel
+    command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r'"(manylinux_\d+_\d+_\w+)"', " ".join(shown.split()))
+    if match is None:
+        sys.exit(f"{shown}error: auditwheel names no glibc for {wheel.name}")
+    command = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", match[1], str(wheel)]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    return wheel.with_name(name)
+
+
 def main() -> None:
     """Build both wheels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bin", type=Path, default=PORTABLE, help="what to pack (default: build/portable/bin)")
+    parser.add_argument("--bin", type=Path, default=DISPATCH, help="what to pack (default: build/dispatch/bin)")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheels (default: dist)")
     parser.add_argument("--stage", type=Path, default=STAGE, help="folder to work in (default: build/wheel)")
     parser.add_argument("--only-blockffn", action="store_true", help="not the llama_cpp binding")
@@ -120,11 +136,13 @@ def main() -> None:
     for old in args.out.glob("blockffn-*.whl"):
         old.unlink()
     pip_wheel(args.stage, args.out, "setuptools")
+    tagged(*args.out.glob("blockffn-*.whl"))
     if not args.only_blockffn:
         (source,) = (ROOT / "build" / "download").glob("llama_cpp_python-*.tar.gz")
         pip_wheel(source, args.out, "scikit_build_core", {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
     for wheel in sorted(args.out.glob("*.whl")):
-        print(f"{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        print(f"{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB  sha256 {digest}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import types
 from pathlib import Path
 
+from blockffn import backends
 from blockffn.errors import BlockffnError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -99,7 +100,10 @@ def load() -> types.ModuleType:
     except (OSError, RuntimeError) as error:
         raise BlockffnError(f"{ours / LIBRARY}: cannot be loaded: {error}; run `make clean setup`") from error
     _check_loaded_binding(ours)
-    _provide_ggml_module(llama_cpp, ours)
+    from blockffn import logs
+
+    logs.install(low_level=low_level)
+    backends.load(_ggml(llama_cpp, ours), ours)
     return low_level
 
 
@@ -116,11 +120,11 @@ def _check_loaded_binding(ours: Path) -> None:
         )
 
 
-def _provide_ggml_module(llama_cpp: types.ModuleType, ours: Path) -> None:
-    """Give llama_cpp._ggml our libggml: the binding's own module looks only inside its package and would fail."""
+def _ggml(llama_cpp: types.ModuleType, ours: Path) -> ctypes.CDLL:
+    """Return our libggml, and make it llama_cpp._ggml: the binding's own module looks only inside its package."""
     name = "llama_cpp._ggml"
     if name in sys.modules:
-        return
+        return sys.modules[name].libggml
     module = types.ModuleType(name, "libggml of blockffn, in place of the binding's own module")
     # The name under which libllama itself loaded it, or a second copy with its own state would be mapped.
     versioned = sorted(ours.glob("libggml.so.[0-9]*"), key=lambda path: len(path.name))
@@ -129,3 +133,4 @@ def _provide_ggml_module(llama_cpp: types.ModuleType, ours: Path) -> None:
     setattr(module, "libggml", ctypes.CDLL(str(path)))  # noqa: B010
     sys.modules[name] = module
     setattr(llama_cpp, "_ggml", module)  # noqa: B010
+    return _ggml(llama_cpp, ours)

@@ -50,9 +50,12 @@ def _receive(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         print(message, end="", file=sys.stderr, flush=True)
 
 
-def install(verbose: bool | None = None) -> None:
-    """Send llama.cpp's log to stderr when `verbose`, nowhere when not; None leaves that as it is (nowhere at first)."""
-    low_level = library.load()
+def install(verbose: bool | None = None, low_level: Any = None) -> None:
+    """Send llama.cpp's log to stderr when `verbose`, nowhere when not; None leaves that as it is (nowhere at first).
+
+    low_level: the binding, where `library.load` itself asks.
+    """
+    low_level = low_level or library.load()
     if verbose is not None:
         _Sink.verbose = verbose
     if _Sink.callback is None:

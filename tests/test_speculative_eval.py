@@ -14,7 +14,7 @@ from blockffn import library
 from blockffn.cli import main
 from blockffn.eval.planted import files as planted_files
 from blockffn.eval.planted import head as planted_head
-from blockffn.eval.studies import choice, differences, exact, loop
+from blockffn.eval.studies import choice, differences, exact, loop, temperature
 from blockffn.speculative.measured import StepTimes
 
 
@@ -138,3 +138,40 @@ def test_a_study_with_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as stop:
         main(["bench", "choise"])
     assert stop.value.code == 2 and "differences" in capsys.readouterr().err
+
+
+def test_temperature(stock_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A drafter with the target's own weights is always right with the shared noise, and not by best guesses."""
+    command = ["-m", str(stock_model), "-f", str(text), "-t", "1", "--draft", str(stock_model), "--temperatures", "0,1"]
+    assert main(["bench", "temperature", *command, "--texts", "2", "--tokens", "24", "--rounds", "2"]) == 0
+    rows = last_line(capsys)["rows"]
+    assert [(row["temperature"], row["way"]) for row in rows] == [
+        (0.0, "plain"), (0.0, "coupled"), (1.0, "plain"), (1.0, "coupled"), (1.0, "stock"),
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < row["low"] <= row["rate"] <= row["high"]
+        assert (row["tokens_per_step"] == 1.0) == (row["way"] == "plain")
+        assert row["by_position"] == sorted(row["by_position"], reverse=True)
+    assert rows[1]["by_position"][0] > 0.9 and rows[3]["by_position"][0] > 0.9 > rows[4]["by_position"][0]
+
+
+def test_temperature_of_a_planted_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script drafts with the luck asked for; its text is the same at every temperature."""
+    models = planted_files.models("tiny", folder=tmp_path)
+    monkeypatch.setattr(planted_files, "models", lambda name: models)
+    sums: dict[Any, Any] = {}
+    monkeypatch.setattr(temperature, "measure", lambda *a, real=temperature.measure: sums.update(real(*a)) or sums)
+    command = ["--shape", "tiny", "-t", "1", "--acceptance", "1", "--texts", "2", "--tokens", "40", "--rounds", "1"]
+    assert main(["bench", "temperature", *command]) == 0
+    for (_, way), found in sums.items():
+        assert found.figures()["tokens_per_step"] == (1.0 if way == "plain" else pytest.approx(4.0, abs=0.2))
+
+
+def test_temperature_refuses(stock_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--shape", "tiny", "--draft", "ngram"], "--draft: goes with -m"),
+        (["-m", str(stock_model), "-f", str(text)], "--draft: goes with -m, and -m needs it"),
+        (["--shape", "tiny", "--temperatures", "0,warm"], "expected numbers from 0 on with commas between"),
+    ):
+        assert main(["bench", "temperature", *arguments]) == 1
+        assert message in capsys.readouterr().err

@@ -7,8 +7,8 @@ A step's seconds less those of llama_decode and of waiting for its logits: filli
 the draft, clearing the cache, statistics, the choice of the plan; drafting is a column of its own (with `--head` that
 of an EAGLE head, its evaluations left out; otherwise a drafter that looks tokens up). Medians over the steps of a text
 that the model follows. Of `blockffn.Engine` with 8 streams likewise: its loop less evaluation, the choice of the best
-tokens, drafting and sampling. The profiles list the functions with the most time of their own, as cProfile sees them. Ends with a line of
-JSON.
+tokens, drafting and sampling. The profiles list the functions with the most time of their own, as cProfile sees them.
+Ends with a line of JSON.
 """
 
 from __future__ import annotations

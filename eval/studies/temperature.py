@@ -5,7 +5,7 @@
 
 Texts are sampled from pieces of the file, each with a seed of its own: without drafts, with drafts that share the noise
 of the draw (`sampling="coupled"`), and with drafts by best guesses (`sampling="stock"`). At temperature 0 both are the
-same, and only one is measured. The ways take turns text by text, so that a slow minute of the machine meets all of them.
+same, and only one is measured. The ways take turns text by text, so that a slow minute of the machine meets them all.
 `by position`: the share of drafts whose first i tokens were accepted. Speeds are medians over the rounds, with the
 lowest and the highest; prompts are left out.
 
@@ -33,7 +33,7 @@ from blockffn.speculative.drafter import open_drafter
 
 PROMPT = 32
 HEADER = "temperature  way      tokens/step  tokens/s (range)        of plain  accepted by position"
-LINE = "{temperature:<12} {way:<8} {tokens_per_step:11.2f}  {rate:7.1f} ({low:.1f} to {high:.1f})  {gain:12.2f}  {places}"
+LINE = "{temperature:<12} {way:<8} {tokens_per_step:11.2f}  {rate:7.1f} ({low:.1f} to {high:.1f})  {gain:12.2f}  {at}"
 WAYS = ("plain", "coupled", "stock")
 
 
@@ -95,18 +95,22 @@ def run(args: argparse.Namespace) -> int:
     options = {"n_ctx": PROMPT + args.tokens + 64, "n_threads": args.threads}
     with blockffn.Llama(path, **options) as plain, blockffn.Llama(path, **options) as fast:
         tokens = text(fast, args.texts * PROMPT + args.tokens + 64)
-        scripted = ScriptedDrafter(tokens, args.acceptance, fast.n_vocab(), max_nodes=31) if args.model is None else None
+        scripted = None
+        if args.model is None:
+            scripted = ScriptedDrafter(tokens, args.acceptance, fast.n_vocab(), max_nodes=31)
         fast.speculate(scripted or open_drafter(args.draft, plan is not None and plan.tree), plan=plan)
         sums = measure({"plain": plain, "coupled": fast, "stock": fast}, temperatures, tokens, args, scripted)
         threads = int(fast.n_threads)
-    rows = [{"temperature": temperature, "way": way} | found.figures() for (temperature, way), found in sums.items()]
+    rows: list[dict[str, Any]] = []
+    for (temperature, way), found in sums.items():
+        rows.append({"temperature": temperature, "way": way} | found.figures())
     where = environment() | {"threads": threads, "model": path, "draft": args.draft or args.acceptance}
     print(f"{headline(where, threads)}; {Path(path).name}, {args.plan}")
     print(HEADER)
     for row in rows:
         of_plain = next(other["rate"] for other in rows if other["temperature"] == row["temperature"])
         row["gain"] = row["rate"] / of_plain
-        print(LINE.format(**row, places=" ".join(f"{share:.2f}" for share in row["by_position"])))
+        print(LINE.format(**row, at=" ".join(f"{share:.2f}" for share in row["by_position"])))
     print(json.dumps({"environment": where, "rows": rows}))
     return 0
 

@@ -142,7 +142,7 @@ struct attn_data {
     // [streams][n][heads][dv]
     std::vector<float> compute(cpu_runner & runner, const run_args & a) const {
         ggml_tensor *qt, *kt, *vt = nullptr, *mt = nullptr, *st = nullptr;
-        ggml_backend_cpu_set_use_ref(runner.backend, a.use_ref);
+        CPU_FUNCTION(ggml_backend_cpu_set_use_ref)(runner.backend, a.use_ref);
         auto build = [&](ggml_context * ctx) {
             qt               = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, c.dk, c.heads(), a.n, c.streams);
             kt               = ggml_new_tensor_3d(ctx, c.k_type, c.dk * c.heads_kv, size, c.streams);

@@ -159,8 +159,8 @@ void bench_row(ggml_backend_t                backend,
 void bench_attention(const bench_settings &       with,
                      const std::vector<int64_t> & tokens,
                      const std::vector<int64_t> & past) {
-    ggml_backend_t backend = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(backend, with.n_threads);
+    ggml_backend_t backend = ggml_backend_dev_init(cpu_device(), nullptr);
+    set_n_threads(backend, with.n_threads);
     const std::vector<uint64_t> stream((64 << 20) / sizeof(uint64_t), 1);
     const double                peak = fma_peak(with.n_threads);
     for (const head_shape & s : HEADS) {

@@ -397,8 +397,8 @@ int main(int argc, char ** argv) {
         bench_products({ args.n_threads, args.reps }, args.tokens);
         return 0;
     }
-    ggml_backend_t backend = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(backend, args.n_threads);
+    ggml_backend_t backend = ggml_backend_dev_init(cpu_device(), nullptr);
+    set_n_threads(backend, args.n_threads);
     const std::vector<uint64_t> stream(CACHE_BYTES / sizeof(uint64_t), 1);
     for (const std::string & shape : split(args.shapes)) {
         const ffn_shape * found =

@@ -70,8 +70,8 @@ inline double peak_rate(int n_threads, void (*loop)(int64_t), int width) {
 // of float32, in 10^9 multiply-adds per second
 inline double fma_peak(int n_threads) {
 #if BENCH_X86
-    if (ggml_cpu_has_fma()) {
-        return ggml_cpu_has_avx512() ? peak_rate(n_threads, peak_fma_512, 16) : peak_rate(n_threads, peak_fma_256, 8);
+    if (cpu_has("FMA")) {
+        return cpu_has("AVX512") ? peak_rate(n_threads, peak_fma_512, 16) : peak_rate(n_threads, peak_fma_256, 8);
     }
 #endif
     (void) n_threads;
@@ -81,15 +81,15 @@ inline double fma_peak(int n_threads) {
 // of 8-bit integers
 inline double int8_peak(int n_threads) {
 #if BENCH_X86
-    if (ggml_cpu_has_avx512_vnni()) {
+    if (cpu_has("AVX512_VNNI")) {
         return peak_rate(n_threads, peak_dot_512, 64);
     }
 #    if BENCH_AVX_VNNI
-    if (ggml_cpu_has_avx_vnni()) {
+    if (cpu_has("AVX_VNNI")) {
         return peak_rate(n_threads, peak_dot_vnni, 32);
     }
 #    endif
-    if (ggml_cpu_has_avx2()) {
+    if (cpu_has("AVX2")) {
         return peak_rate(n_threads, peak_dot_256, 32);
     }
 #endif

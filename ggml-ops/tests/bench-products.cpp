@@ -120,8 +120,8 @@ void bench_row(ggml_backend_t                                                   
 }  // namespace
 
 void bench_products(const bench_settings & with, const std::vector<int64_t> & tokens) {
-    ggml_backend_t backend = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(backend, with.n_threads);
+    ggml_backend_t backend = ggml_backend_dev_init(cpu_device(), nullptr);
+    set_n_threads(backend, with.n_threads);
     const std::vector<uint64_t> stream(CACHE_BYTES / sizeof(uint64_t), 1);
     for (const product & p : PRODUCTS) {
         std::vector<std::pair<ggml_backend_buffer_type_t, weights>> placed;

@@ -24,7 +24,7 @@ struct tester {
 
     // every token alone, [MAX_TOKENS, values of a row]
     std::vector<float> alone(const compute_t & compute, bool exact) {
-        GGML_ASSERT(ggml_backend_cpu_set_batch_invariant(runner.backend, exact));
+        GGML_ASSERT(CPU_FUNCTION(ggml_backend_cpu_set_batch_invariant)(runner.backend, exact));
         std::vector<float> rows;
         for (int64_t t = 0; t < MAX_TOKENS; t++) {
             const std::vector<float> row = compute(t, 1, t % 16 == 1 ? 3 : 1);
@@ -52,7 +52,7 @@ struct tester {
             }
         }
         if (exact) {
-            ggml_backend_cpu_set_batch_invariant(runner.backend, false);
+            CPU_FUNCTION(ggml_backend_cpu_set_batch_invariant)(runner.backend, false);
             n_dependent += differs(compute, rows, MAX_TOKENS);
         }
     }
@@ -274,11 +274,11 @@ void check_buffer_types(tester & t) {
         }
     };
     for (ggml_backend_buffer_type_t buft : cpu_buffer_types()) {
-        report(ggml_backend_cpu_buft_is_batch_invariant(buft), ggml_backend_buft_name(buft));
+        report(CPU_FUNCTION(ggml_backend_cpu_buft_is_batch_invariant)(buft), ggml_backend_buft_name(buft));
     }
     char                  page[64];
     ggml_backend_buffer_t mapped = ggml_backend_cpu_buffer_from_ptr((void *) (((uintptr_t) page + 31) / 32 * 32), 32);
-    report(ggml_backend_cpu_buft_is_batch_invariant(ggml_backend_buffer_get_type(mapped)), "mapped");
+    report(CPU_FUNCTION(ggml_backend_cpu_buft_is_batch_invariant)(ggml_backend_buffer_get_type(mapped)), "mapped");
     ggml_backend_buffer_free(mapped);
 
     // kernels of somebody else: not memory of the host
@@ -289,7 +289,7 @@ void check_buffer_types(tester & t) {
     foreign.iface.is_host = [](ggml_backend_buffer_type_t) {
         return false;
     };
-    report(!ggml_backend_cpu_buft_is_batch_invariant(&foreign), "CPU_KLEIDIAI");
+    report(!CPU_FUNCTION(ggml_backend_cpu_buft_is_batch_invariant)(&foreign), "CPU_KLEIDIAI");
 }
 
 }  // namespace

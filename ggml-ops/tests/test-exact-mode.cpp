@@ -126,6 +126,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     llama_log_set(keep_errors, nullptr);
+    ggml_backend_load_all();
     llama_backend_init();
     {
         loaded alone(argv[1]);

@@ -221,7 +221,7 @@ int main(int argc, char ** argv) {
     }
     tester t;
     // at run time: this program is not compiled for the CPU that the kernels are compiled for
-    t.ours = (ggml_cpu_has_avx2() && ggml_cpu_has_fma() && ggml_cpu_has_f16c()) || ggml_cpu_has_neon();
+    t.ours = (cpu_has("AVX2") && cpu_has("FMA") && cpu_has("F16C")) || cpu_has("NEON");
     check_shapes(t, quick);
     check_features(t);
     for (int64_t group : { 1, 2, 7, 17 }) {  // read in place, and widened

@@ -36,13 +36,47 @@ inline std::vector<float> random_values(size_t n, std::mt19937 & rng, float scal
     return v;
 }
 
+// The CPU backend as the registry has it: with GGML_BACKEND_DL it is a library, which is loaded here.
+inline ggml_backend_dev_t cpu_device() {
+    if (!ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) {
+        ggml_backend_load_all();
+    }
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!device) {
+        fprintf(stderr, "no CPU backend: expected libggml-cpu*.so beside this program\n");
+        exit(1);
+    }
+    return device;
+}
+
+// A function of the CPU backend; nothing is linked to, for there may be several libraries that have it.
+template <typename pointer> pointer cpu_function(const char * name) {
+    return (pointer) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), name);
+}
+
+#define CPU_FUNCTION(name) cpu_function<decltype(&name)>(#name)
+
+// whether the backend was compiled for a feature ("AVX2", "NEON") and this CPU has it
+inline bool cpu_has(const char * feature) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(cpu_device());
+    auto               get = cpu_function<ggml_backend_get_features_t>("ggml_backend_get_features");
+    for (ggml_backend_feature * f = get(reg); f->name; f++) {
+        if (!strcmp(f->name, feature)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+inline void set_n_threads(ggml_backend_t backend, int n_threads) {
+    cpu_function<ggml_backend_set_n_threads_t>("ggml_backend_set_n_threads")(backend, n_threads);
+}
+
 // the CPU's buffer types: plain rows first, then the packed ones (CPU_REPACK, AMX ...)
 inline std::vector<ggml_backend_buffer_type_t> cpu_buffer_types() {
-    std::vector<ggml_backend_buffer_type_t> types  = { ggml_backend_cpu_buffer_type() };
-    ggml_backend_dev_t                      device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * t = get ? get(device) : nullptr; t && *t; t++) {
+    std::vector<ggml_backend_buffer_type_t> types = { ggml_backend_cpu_buffer_type() };
+    auto get = cpu_function<ggml_backend_dev_get_extra_bufts_t>("ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * t = get ? get(cpu_device()) : nullptr; t && *t; t++) {
         types.push_back(*t);
     }
     return types;
@@ -109,7 +143,7 @@ struct placed_weight {
 
 // builds a graph with `build`, computes it on the CPU and returns the output's values; `set` fills the inputs
 struct cpu_runner {
-    ggml_backend_t backend = ggml_backend_cpu_init();
+    ggml_backend_t backend = ggml_backend_dev_init(cpu_device(), nullptr);
 
     ~cpu_runner() { ggml_backend_free(backend); }
 
@@ -122,7 +156,7 @@ struct cpu_runner {
         ggml_build_forward_expand(graph, out);
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx.get(), backend);
         set();
-        ggml_backend_cpu_set_n_threads(backend, n_threads);
+        set_n_threads(backend, n_threads);
         if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
             fprintf(stderr, "graph_compute failed\n");
             exit(1);

@@ -169,7 +169,7 @@ const ggml_type BLOCK_TYPES[] = {
 
 void check_types(tester & t, int64_t n, int64_t n_rows) {
     // where there is a kernel of ours depends on the CPU; so does invariance, which is checked on x86
-    const bool x86  = ggml_cpu_has_avx2() && ggml_cpu_has_fma() && ggml_cpu_has_f16c();
+    const bool x86  = cpu_has("AVX2") && cpu_has("FMA") && cpu_has("F16C");
     const bool view = n % 2;
     for (ggml_type type : BLOCK_TYPES) {
         if ((type + n + n_rows) % 4 != 0 && n != 5) {  // a quarter of the combinations

@@ -1,4 +1,4 @@
-"""`blockffn inspect`: print what a GGUF model is."""
+"""`blockffn inspect`: print what a GGUF model is, or what it would run on here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from blockffn.inspection import SAMPLE_TEXT, describe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn inspect`."""
-    parser.add_argument("model", metavar="M.gguf", help="model file; of a split model, the first part")
+    parser.add_argument("model", metavar="M.gguf", nargs="?", help="model file; of a split model, the first part")
+    parser.add_argument("--system", action="store_true", help="instead of a model: libraries, CPU backend, threads")
     parser.add_argument(
         "--measure",
         nargs="?",
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    if args.system is (args.model is not None):
+        raise BlockffnError("inspect: expected a model file, or --system, and not both")
+    if args.system:
+        found = _system()
+        print(json.dumps(found) if args.json else "\n".join(f"{name:<12} {value}" for name, value in found.items()))
+        return 0
     text = None
     if args.measure is not None:
         text = Path(args.measure).read_text(encoding="utf-8", errors="replace") if args.measure else SAMPLE_TEXT
@@ -51,6 +58,21 @@ def run(args: argparse.Namespace) -> int:
 
             print(f"\n{advisor.describe(advice)}")
     return 0
+
+
+def _system() -> dict[str, Any]:
+    """Return what a model would run on: see `blockffn.eval.environment`, and what was built."""
+    from blockffn import backends, library
+    from blockffn.eval.environment import environment
+    from blockffn.threads import default_threads
+
+    low_level, directory = library.load(), library.directory()
+    return environment() | {
+        "variants": " ".join(backends.variants(directory)) or None,
+        "features": low_level.llama_print_system_info().decode().strip(),
+        "libraries": str(directory),
+        "threads": default_threads(),
+    }
 
 
 def _advice(args: argparse.Namespace) -> Any:

@@ -21,8 +21,8 @@ class Stream:
     """The tokens of one answer, in order, for one reader: a thread or a task.
 
     finish_reason: None while it runs; then "stop" (end of the text, or a stop text), "length" (max_tokens, or the
-    context is full), "cancelled" or "error". statistics: figures, once it has ended (see docs/speculative.md). seed: of its
-    random numbers, the one that was drawn where none was asked for. Reading raises what went wrong.
+    context is full), "cancelled" or "error". statistics: figures, once it has ended (see docs/speculative.md). seed: of
+    its random numbers, the one that was drawn where none was asked for. Reading raises what went wrong.
     """
 
     def __init__(self, number: int, prompt: list[int], params: GenerationParams, seed: int) -> None:
