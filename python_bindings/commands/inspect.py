@@ -15,8 +15,9 @@ from blockffn.inspection import SAMPLE_TEXT, describe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `blockffn inspect`."""
-    parser.add_argument("model", metavar="M.gguf", nargs="?", help="model file; of a split model, the first part")
-    parser.add_argument("--system", action="store_true", help="instead of a model: libraries, CPU backend, threads")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("model", metavar="M.gguf", nargs="?", help="model file; of a split model, the first part")
+    subject.add_argument("--system", action="store_true", help="instead: libraries, CPU backend, threads")
     parser.add_argument(
         "--measure",
         nargs="?",
@@ -34,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if args.system is (args.model is not None):
-        raise BlockffnError("inspect: expected a model file, or --system, and not both")
     if args.system:
         found = _system()
         print(json.dumps(found) if args.json else "\n".join(f"{name:<12} {value}" for name, value in found.items()))
