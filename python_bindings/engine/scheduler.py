@@ -7,6 +7,7 @@ in one llama_decode. One thread calls `step`; nothing here is locked.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,7 +24,7 @@ from blockffn.speculative.decoder import Floats, Views, address_function
 from blockffn.speculative.draft import Plan, Step, Tokens
 from blockffn.speculative.drafter import Context, Drafter
 
-PIECE = 32  # tokens of prompts in a step that also continues texts
+PIECE = 32  # tokens of prompts in a step that also continues texts, where no more texts start than go on
 GROWTH = 32  # tokens that each running text must have room for before another one starts
 Parts = list[tuple[Slot, Part, Step]]
 
@@ -193,7 +194,9 @@ class Scheduler:
             if len(waiting) == 1:
                 tokens = waiting.tolist() + slot.step.draft.tokens.tolist()
                 parts.append((slot, batch.add_text(tokens, slot.cached, slot.index, len(tokens)), slot.step))
-        room = min(batch.room, PIECE) if parts else batch.room
+        room = batch.room
+        if parts:  # the more texts wait for each that goes on, the longer may this one wait
+            room = min(room, PIECE * math.ceil((len(running) - len(parts)) / len(parts)))
         for slot in running:
             tokens = slot.waiting
             if len(tokens) > 1 and room > 0:
