@@ -193,6 +193,7 @@ test-wheels: wheels
 	BLOCKFFN_LIB_DIR=$(CURDIR)/build/dispatch/bin BLOCKFFN_WHEELS=$(CURDIR)/dist $(PY) -m pytest \
 	    tests/test_backends.py tests/test_wheel.py tests/test_speculative_exact.py tests/test_engine_exact.py
 
+# Whether the patches fit another release of the upstream package.
 check-upstream: venv
 	@test -n "$(VERSION)" || { echo "error: which release? make check-upstream VERSION=0.3.35"; exit 1; }
 	$(PY) patches/check_upstream.py $(VERSION)

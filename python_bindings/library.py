@@ -133,4 +133,4 @@ def _ggml(llama_cpp: types.ModuleType, ours: Path) -> ctypes.CDLL:
     setattr(module, "libggml", ctypes.CDLL(str(path)))  # noqa: B010
     sys.modules[name] = module
     setattr(llama_cpp, "_ggml", module)  # noqa: B010
-    return _ggml(llama_cpp, ours)
+    return module.libggml
