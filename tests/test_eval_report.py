@@ -146,7 +146,7 @@ def test_page(size: str, commands: list[list[str]], tmp_path: Path, capsys: pyte
 
 @pytest.mark.usefixtures("context")
 def test_an_interrupted_report_goes_on(
-    commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, whole = tmp_path / "report.html", report_run.subprocess.run
 
@@ -162,10 +162,14 @@ def test_an_interrupted_report_goes_on(
     text = target.read_text()
     assert "exit code 1: error: &lt;no&gt; room" in text and "expected a last line of JSON" in text
     before = len(commands)
+    capsys.readouterr()
     monkeypatch.setattr(report_run.subprocess, "run", whole)
     assert write(target) == 0  # only what failed, or was not there, is run again
     assert [words[:2] for words in commands[before:]] == [["eval", "dial"], ["bench", "load"]]
     assert "error" not in re.sub(r"kld_error", "", target.read_text())
+    said, total = capsys.readouterr().err.splitlines(), before + 2  # the commands that failed were not counted above
+    assert said[0] == f"1 of {total}: The operation alone: 1.2B q4_0, kept from before"
+    assert said[-2] == f"{total} of {total}: Load time and memory: load"
 
 
 @pytest.mark.usefixtures("context", "commands")

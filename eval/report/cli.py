@@ -7,6 +7,7 @@ $ blockffn bench --report report.html --size full -m M.gguf --dense D.gguf -f te
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -42,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
     parts.mkdir(exist_ok=True)
     subject = _given(args, parts) if args.model else _example(parts)
     blocks, failed = [], 0
-    for section in sections(args.size, subject):
-        results = run_section(section, parts, _say)
+    plan = sections(args.size, subject)
+    n_commands, begun = sum(len(section.words) for section in plan), itertools.count(1)
+    for section in plan:
+        results = run_section(section, parts, lambda line: _say(f"{next(begun)} of {n_commands}: {line}"))
         if results is None:
             _say(f"{section.title}: left out, this version has no such command")
             continue

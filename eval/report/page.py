@@ -95,7 +95,7 @@ def sources(results: Sequence[Result]) -> str:
 
 def environment_table(where: dict[str, Any]) -> str:
     """Return the environment as an HTML table."""
-    rows = [{"name": name, "value": str(found)} for name, found in where.items()]
+    rows = [{"name": name, "value": str(found)} for name, found in where.items() if found is not None]
     return table(rows, [Column("", value("name")), Column("this machine", value("value"))])
 
 

@@ -52,8 +52,8 @@ def run_section(section: Section, folder: Path, say: Say) -> list[Result] | None
     for label, words in section.words.items():
         kept = folder / f"{section.name}-{_fingerprint(words)}.json"
         result = _read(kept)
+        say(f"{section.title}: {label}" + (", kept from before" if result else ""))
         if result is None:
-            say(f"{section.title}: {label}")
             result = _run(label, words)
             if result is None:
                 return None

@@ -52,13 +52,20 @@ def sections(size: str, subject: Subject) -> list[Section]:
 
 
 def _ops(quick: bool) -> Section:
-    words = ["bench", "ops", "--no-files"]
-    words += ["--shapes", "1.2B", "--types", "q4_0", "--tokens", "1,4,8,32", "--reps", "9"] if quick else []
+    if quick:
+        kinds, rounds = [("1.2B", "q4_0")], ["--tokens", "1,4,8,32", "--reps", "9"]
+    else:
+        kinds = [(shape, kind) for shape in ("1.2B", "DECO-1.2B") for kind in ("q4_0", "q8_0", "f16")]
+        rounds = ["--tokens", "1,4,8,32,128,512", "--reps", "5"]
+    words = {
+        f"{shape} {kind}": ["bench", "ops", "--no-files", "--shapes", shape, "--types", kind, *rounds]
+        for shape, kind in kinds
+    }
     about = (
         "The FFN of one layer: the union operation beside stock llama.cpp's dense products and its mul_mat_id, each in "
         "the buffer type that suits it best. Milliseconds per layer, medians."
     )
-    return Section("ops", "The operation alone", about, {"ops": words})
+    return Section("ops", "The operation alone", about, words)
 
 
 def _step(quick: bool, shape: str, subject: Subject) -> Section:
@@ -90,9 +97,9 @@ def _contexts(quick: bool, shape: str) -> Section:
 
 
 def _speculation(quick: bool, shape: str, subject: Subject) -> Section:
-    common = ["--verify", "4", "--prefill", "0", "--rounds", "1" if quick else "5", "--json"]
-    plans = ["--plans", "chain 3,auto" if quick else "chain 3,chain 5,tree 8,auto"]
-    rates = ["--acceptance", "0.6,0.9" if quick else "0.6,0.7,0.8,0.9"]
+    common = ["--verify", "4", "--prefill", "0", "--rounds", "1" if quick else "3", "--json"]
+    plans = ["--plans", "chain 3,auto" if quick else "chain 3,tree 8,auto"]
+    rates = ["--acceptance", "0.6,0.9"]
     dense = ["--dense", subject.dense] if subject.dense else []
     trained = ["bench", "-m", subject.model, *dense, "-f", subject.text, "--draft", "ngram", *common]
     words = {f"scripted drafts, {shape}": ["bench", "--shape", shape, *rates, *plans, *common], "n-grams": trained}
