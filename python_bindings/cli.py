@@ -33,7 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("blockffn.eval.cli", "perplexity, KL divergence, sparsity, equality of texts, parity"),
     "verify-published": ("blockffn.eval.published.cli", "one published checkpoint: convert, compare, measure, report"),
     "bench": ("blockffn.eval.bench.cli", "dense against union against speculative, one run"),
-    "train": ("blockffn.training.cli", "train a small model or a draft head"),
+    "train": ("blockffn.training.cli", "train a model, or a draft head for one"),
+    "ablate": ("blockffn.training.ablate", "train the arms of an experiment, then one table and one plot"),
 }
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal number, as shells report it
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sentencepiece
 
 from blockffn.errors import BlockffnError
 from blockffn.training import corpora, data
+from blockffn.training.config import CorpusConfig
 
 TEXTS = [f'def function_{i}(a, b):\n    """Return a + b."""\n\treturn a + {i} * b\n\n\n' * 8 for i in range(60)]
 
@@ -33,7 +38,7 @@ def test_special_ids_and_size(tokenizer):
 
 
 def test_documents_are_framed(tokenizer):
-    stream = data.encode_documents(tokenizer, ["a b", "", "return"])
+    stream = np.concatenate(list(data.encode_documents(tokenizer, ["a b", "", "return"])))
     assert stream.dtype == np.uint16
     assert (stream == data.BOS_ID).sum() == (stream == data.EOS_ID).sum() == 3
     assert stream[0] == data.BOS_ID and stream[-1] == data.EOS_ID
@@ -46,9 +51,9 @@ def test_document_ids_of_windows():
 
 
 def test_split_is_by_content():
-    share = np.mean([corpora.is_validation(f"text {i}", 0.25) for i in range(2000)])
+    share = np.mean([corpora.is_candidate(f"text {i}", 0.25) for i in range(2000)])
     assert 0.2 < share < 0.3
-    assert [corpora.is_validation(t) for t in TEXTS] == [corpora.is_validation(t) for t in TEXTS]
+    assert sum(corpora.is_candidate(text, 1.0) for text in TEXTS) == len(TEXTS)
 
 
 def test_stdlib_documents_are_clean():
@@ -63,24 +68,33 @@ def standing_alone(number):
     return "".join(f"value_{number}_{i} = compute({number * i})\n" for i in range(60))
 
 
-def test_validation_has_no_long_document_and_no_near_copy(monkeypatch):
-    """All are candidates; 1 is too short, 2 too long; 3 shares 18 of its 60 lines with the long 4."""
-    monkeypatch.setattr(corpora, "is_validation", lambda text: True)
+def chosen(texts, share=1.0):
+    """The texts of one source that validate, in their order."""
+    found = corpora.choose_validation([[(str(i), text) for i, text in enumerate(texts)]], share)
+    return [text for text in texts if corpora.digest(text) in found]
+
+
+def test_validation_has_no_long_document_and_no_near_copy():
+    """All are candidates; 1 is too short, 2 too long; 3 shares 18 of its 60 lines with the long 4; 6 is there twice."""
     copied = "".join(standing_alone(4).splitlines(keepends=True)[:18])
     near = copied + "".join(standing_alone(3).splitlines(keepends=True)[18:])
     long = standing_alone(4) + "".join(f"row_{i} = {i}\n" for i in range(1500))
     texts = [standing_alone(0), "x = 1\n" * 100, standing_alone(2) * 20, near, long, standing_alone(5)]
-    train, validation = corpora.split(texts)
-    assert validation == [texts[0], texts[5]]
-    assert train == texts[1:5]
+    assert chosen([*texts, standing_alone(6), standing_alone(6)]) == [texts[0], texts[5]]
+
+
+def test_near_copies_are_found_in_other_sources():
+    near = [("a", standing_alone(0) + "one_more_line = True\n")], [("b", standing_alone(0))]
+    assert corpora.choose_validation(near, 1.0) == frozenset()
+    assert len(corpora.choose_validation(near[:1], 1.0)) == 1
 
 
 def test_split_of_the_standard_library():
     """By document; none dominates; none says what a training document says; posixpath.py and its kin train together."""
     documents = dict(corpora.stdlib_documents())
-    train, validation = corpora.split(list(documents.values()))
+    validation = chosen(list(documents.values()), CorpusConfig(4096).validation_share)
+    train = [text for text in documents.values() if text not in set(validation)]
     size = sum(map(len, validation))
-    assert len(train) + len(validation) == len(documents) and not set(train) & set(validation)
     assert len(validation) > 15 and size > 50_000 and max(map(len, validation)) < 0.15 * size
     assert {documents[name] for name in ("os.py", "ntpath.py", "posixpath.py")} <= set(train)
     training_lines = [set(filter(None, text.splitlines())) for text in train]
@@ -89,50 +103,141 @@ def test_split_of_the_standard_library():
         assert max(len(own & lines) for lines in training_lines) < 0.3 * len(own)
 
 
+def test_sources_are_files_folders_lines_and_packages(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/two.txt").write_bytes(b"second\r\ntext")
+    (tmp_path / "a.jsonl").write_text('{"body": "first", "n": 1}\n\n{"body": "f\u00fcnf"}\n', encoding="utf-8")
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    (source,) = corpora.open_sources([str(tmp_path)], json_field="body")
+    expected = [("a.jsonl:1", "first"), ("a.jsonl:3", "f\u00fcnf"), ("b/two.txt", "second\ntext")]
+    assert [(os.path.relpath(name, tmp_path), text) for name, text in source] == expected
+    assert list(source) == list(source)  # again and again
+    (package,) = corpora.open_sources(["package:sentencepiece"])
+    assert "sentencepiece/__init__.py" in dict(package)
+    (capped,) = corpora.open_sources(["package:torch"], package_mb=0.1)
+    assert 0 < sum(len(text) for _, text in capped) <= 1e5
+    assert capped.key[0] and capped.key[0][0].startswith("torch==")
+
+
+BAD_SOURCES = {
+    "none": ([], "expected at least one source"),
+    "absent": (["absent"], "absent: no such file or folder"),
+    "package": (["package:no_such_package"], "no such package in this environment"),
+    "empty": (["empty"], "the folder holds no file"),
+    "bytes": (["latin.txt"], r"latin.txt: expected UTF-8 text, found byte 0xfc at offset 2"),
+    "line": (["bytes.jsonl"], r"bytes.jsonl: expected UTF-8 text, found byte 0xfc at offset 25"),
+    "json": (["broken.jsonl"], r"broken.jsonl:2: not a line of JSON"),
+    "field": (["field.jsonl"], r"field.jsonl:1: expected a text in the field 'text', found title, words"),
+    "list": (["list.jsonl"], r"list.jsonl:1: expected a text in the field 'text', found list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_bad_sources(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"ab\xfcr")
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "good"}\n{"text":\xfc}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "field.jsonl").write_text('{"title": "a", "words": 3}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    names, message = BAD_SOURCES[case]
+    with pytest.raises(BlockffnError, match=message):
+        for source in corpora.open_sources(names):
+            list(source)
+
+
 @pytest.fixture
-def small_library(monkeypatch):
-    texts = [*TEXTS, standing_alone(0)]
-    monkeypatch.setattr(corpora, "stdlib_documents", lambda: iter((str(i), text) for i, text in enumerate(texts)))
-    monkeypatch.setattr(corpora, "is_validation", lambda text: text == texts[-1])
-    return monkeypatch
+def config(tmp_path, tokenizer):
+    """A folder of documents as source, one of which validates."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, text in enumerate([*TEXTS, standing_alone(0)]):
+        (folder / f"{i:03d}.txt").write_text(text)
+    return CorpusConfig(
+        320, (str(folder),), validation_share=1.0, cache=str(tmp_path / "cache"), tokenizer=str(tokenizer)
+    )
 
 
-def test_cache_is_used_and_depends_on_the_vocabulary(tmp_path, tokenizer, small_library):
-    first = data.prepare(tmp_path, 320, tokenizer)
-    assert len(first.train) > len(first.validation) > 100
-    assert [path.read_text() for path in tmp_path.glob("*/validation.txt")] == [standing_alone(0)]
-    small_library.setattr(corpora, "stdlib_documents", lambda: pytest.fail("the cache was not used"))
-    again = data.prepare(tmp_path, 320, tokenizer)
-    assert again.fingerprint == first.fingerprint
+def caches(config):
+    return list(os.scandir(config.cache))
+
+
+def test_cache_is_used_until_text_or_split_change(config, monkeypatch):
+    first = data.prepare(config)
+    assert len(first.train) > len(first.validation) > 100 and first.train.dtype == np.uint16
+    (folder,) = caches(config)
+    assert open(f"{folder.path}/validation.txt").read() == standing_alone(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_documents", lambda *_: pytest.fail("the cache was not used"))
+        assert data.prepare(config).fingerprint == first.fingerprint
+    with open(f"{config.sources[0]}/000.txt", "a") as text:
+        text.write("one more line\n")
+    assert data.prepare(config).fingerprint != first.fingerprint
+    assert len(caches(config)) == 2
+
+
+def test_validation_may_have_sources_of_its_own(config, tmp_path):
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
+    found = data.prepare(replace(config, validation=(str(tmp_path / "held.jsonl"),)))
+    assert (found.validation == data.BOS_ID).sum() == 2
+    assert (found.train == data.BOS_ID).sum() == len(TEXTS) + 1  # nothing is taken from the sources
+
+
+def test_vocabulary_of_published_size_is_stored_in_32_bits():
+    assert data.token_type(65_536) is np.uint16 and data.token_type(73_448) is np.uint32
+
+
+def test_refuses_vocabularies_that_do_not_fit(config, tmp_path):
     with pytest.raises(BlockffnError, match="no such vocabulary"):
-        data.prepare(tmp_path, 320, tmp_path / "absent.model")
+        data.prepare(replace(config, tokenizer=str(tmp_path / "absent.model")))
+    with pytest.raises(BlockffnError, match="expected 4096 pieces with bos 1 and eos 2, found 320 pieces"):
+        data.prepare(replace(config, vocab_size=4096))
+    (tmp_path / "no.model").write_text("no vocabulary")
+    with pytest.raises(BlockffnError, match="not a SentencePiece model"):
+        data.prepare(replace(config, tokenizer=str(tmp_path / "no.model")))
 
 
-def test_runs_that_start_together_share_one_whole_cache(tmp_path, tokenizer, small_library):
+def test_one_long_text_cannot_validate(config, tmp_path):
+    (tmp_path / "book.txt").write_text("".join(standing_alone(i) for i in range(50)))
+    with pytest.raises(BlockffnError, match=r"no document is left for validation; .* sources of their own"):
+        data.prepare(replace(config, sources=(str(tmp_path / "book.txt"),)))
+    assert caches(config) == []
+
+
+def test_runs_that_start_together_share_one_whole_cache(config, monkeypatch):
     """A second run begins and ends while the first one encodes; what it loaded is never written again."""
     encode, inner = data.encode_documents, []
 
     def interrupted(model, texts):
         if not inner:
             inner.append(None)
-            inner[0] = data.prepare(tmp_path, 320, tokenizer)
-            (folder,) = [path for path in tmp_path.iterdir() if (path / "train.npy").is_file()]
-            inner.append((folder / "train.npy").stat())
+            inner[0] = data.prepare(config)
+            (folder,) = [entry for entry in caches(config) if os.path.isfile(f"{entry.path}/train.bin")]
+            inner.append(os.stat(f"{folder.path}/train.bin"))
         return encode(model, texts)
 
-    small_library.setattr(data, "encode_documents", interrupted)
-    outer = data.prepare(tmp_path, 320, tokenizer)
-    (folder,) = tmp_path.iterdir()  # no scratch folder is left
-    after = (folder / "train.npy").stat()
+    monkeypatch.setattr(data, "encode_documents", interrupted)
+    outer = data.prepare(config)
+    (folder,) = caches(config)  # no scratch folder is left
+    after = os.stat(f"{folder.path}/train.bin")
     assert (after.st_ino, after.st_mtime_ns) == (inner[1].st_ino, inner[1].st_mtime_ns)
     assert outer.fingerprint == inner[0].fingerprint and np.array_equal(outer.train, inner[0].train)
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path, tokenizer, small_library):
-    small_library.setattr(data, "encode_documents", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        data.prepare(tmp_path, 320, tokenizer)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(28, "No space left on device")])
+def test_a_build_that_fails_leaves_nothing(config, monkeypatch, error):
+    """Also where the disk fills while tokens are written."""
+
+    def fails(model, texts):
+        yield np.ones(5, np.uint16)
+        raise error
+
+    monkeypatch.setattr(data, "encode_documents", fails)
+    expected = BlockffnError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match="No space left" if isinstance(error, OSError) else None):
+        data.prepare(config)
+    assert caches(config) == []
 
 
 def test_vocabulary_too_large_for_the_text(tmp_path):

@@ -79,7 +79,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eagle")
     texts = [f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20 for i in range(40)]
     model = data.train_tokenizer(texts, folder / "tokenizer", 320)
-    streams = data.encode_documents(model, texts[3:]), data.encode_documents(model, texts[:3])
+    streams = [np.concatenate(list(data.encode_documents(model, part))) for part in (texts[3:], texts[:3])]
     text = data.Corpus(*streams, model, 1, 2, "test")
     (folder / "target.toml").write_text(TARGET.replace("OUT", str(folder)))
     target = Trainer(read_config(folder / "target.toml"), text)
@@ -179,16 +179,17 @@ def test_loss_is_smooth_l1_plus_weighted_cross_entropy(place, tmp_path):
 
 def test_resumed_head_equals_uninterrupted_head(place, tmp_path):
     whole, first = trainer_of(place, tmp_path), trainer_of(place, tmp_path)
-    for step in range(6):
-        whole.train_step(step)
-    for step in range(3):
-        first.train_step(step)
+    for whole.run.step in range(6):
+        whole.train_step()
+    for first.run.step in range(3):
+        first.train_step()
     first.run.step = 3
     first.run.save()
     second = trainer_of(place, tmp_path)
     second.run.resume()
     for step in range(second.run.step, 6):
-        second.train_step(step)
+        second.run.step = step
+        second.train_step()
     for (name, a), (_, b) in zip(whole.head.named_parameters(), second.head.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

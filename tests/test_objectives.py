@@ -90,6 +90,9 @@ OBJECTIVES = {
     "locality": lambda r, documents: objectives.activation_locality(r, documents, 3.0),
     "chunk": lambda r, documents: objectives.chunk_sparsification(r.relu(), documents, 5),
     "entropy": lambda r, documents: objectives.router_entropy(r.relu(), documents),
+    "l1": lambda r, documents: objectives.l1(r.relu(), documents, 0.3),
+    "load_balance": lambda r, documents: objectives.load_balance(r, r.relu(), documents),
+    "use": lambda r, documents: objectives.use_pull(r, documents, torch.linspace(-1, 1, 7)),
 }
 
 
@@ -104,7 +107,7 @@ def test_gradient_is_the_slope_of_the_value(name):
     assert (gradient[padding] == 0).all() and (gradient[~padding] != 0).any()
 
 
-@pytest.mark.parametrize("name", ["chunk", "entropy"])
+@pytest.mark.parametrize("name", ["chunk", "entropy", "l1"])
 def test_inactive_experts_have_no_gradient(name):
     r, documents = case()
     r.requires_grad_()
@@ -190,16 +193,56 @@ def test_adaptive_factor_goes_on_from_its_state():
         assert one.value() == two.value()
 
 
-def test_entropy_controller():
-    controller = controllers.EntropyController(1e-8, 2.0, 0.2)
+def test_sparsity_controller():
+    controller = controllers.SparsityController(1e-8, 2.0, 0.2)
     for ratio, expected in ((0.5, 2e-8), (0.21, 4e-8), (0.2, 2e-8), (0.1, 1e-8), (0.1, 1e-8), (0.9, 2e-8)):
         controller.update(ratio)
         assert controller.value() == pytest.approx(expected)
 
 
 def test_expert_bias_moves_against_the_load():
-    routed = torch.tensor([[[True, False, True], [True, False, False], [True, True, True]]])
-    documents = torch.tensor([[0, 0, -1]])
     bias = torch.zeros(3)
-    controllers.update_expert_bias(bias, routed, documents, target=0.5, rate=0.01)  # loads 2, 0, 1; target 1
+    controllers.update_expert_bias(bias, torch.tensor([1.0, 0.0, 0.5]), target=0.5, rate=0.01)
     assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.0])
+
+
+def test_use_of_experts_is_pulled_into_its_range():
+    """Shares after two steps are 0.9 times the first and 0.1 times the second."""
+    use = controllers.ExpertUse(low=0.1, high=0.6)
+    assert use.pull() is None
+    use.update(torch.tensor([[0.0, 0.05, 0.1, 0.6, 0.8, 1.0]]))
+    assert use.pull().tolist()[0] == pytest.approx([-1.0, -0.5, 0.0, 0.0, 0.5, 1.0], abs=1e-6)
+    use.update(torch.tensor([[1.0, 0.05, 0.1, 0.6, 0.8, 0.0]]))
+    assert use.share.tolist()[0] == pytest.approx([0.1, 0.05, 0.1, 0.6, 0.8, 0.9])
+    other = controllers.ExpertUse(low=0.1, high=0.6)
+    other.load(use.state())
+    assert torch.equal(other.pull(), use.pull())
+
+
+def test_l1_weighs_experts_by_their_use():
+    r, documents = case()
+    a, real = r.relu(), documents >= 0
+    used = [sum(float(a[b, t, e]) > 0 for b in range(2) for t in range(13) if real[b, t]) for e in range(7)]
+    n = int(real.sum())
+    expected = sum(
+        float(a[b, t, e]) * used[e] / (0.2 * n)
+        for b in range(2) for t in range(13) if real[b, t] for e in range(7)
+    ) / n  # fmt: skip
+    assert float(objectives.l1(a, documents, 0.2)) == pytest.approx(expected, rel=1e-6)  # shares are float32
+
+
+def test_load_balance_is_one_where_all_are_used_alike():
+    even = torch.zeros(1, 4, 4, dtype=torch.float64)
+    chosen = torch.eye(4, dtype=torch.float64)[None]
+    documents = torch.zeros(1, 4, dtype=torch.int64)
+    assert float(objectives.load_balance(even, chosen, documents)) == pytest.approx(1.0)
+    skewed = 50 * torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).expand(1, 4, 4)
+    alone = torch.zeros_like(skewed)
+    alone[..., 0] = 1.0
+    assert float(objectives.load_balance(skewed, alone, documents)) == pytest.approx(4.0)
+
+
+def test_use_pull_moves_idle_experts_and_leaves_padding_alone():
+    r = torch.full((1, 3, 2), -1.0, dtype=torch.float64, requires_grad=True)
+    objectives.use_pull(r, torch.tensor([[0, 0, -1]]), torch.tensor([-1.0, 0.5])).backward()
+    assert r.grad[0].tolist() == [[-0.25, 0.125], [-0.25, 0.125], [0.0, 0.0]]

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from sentencepiece import SentencePieceProcessor
 from blockffn.convert.save import save_checkpoint
 from blockffn.convert.tensor_map import load_canonical
 from blockffn.errors import BlockffnError
+from blockffn.eval.environment import ROOT
+from blockffn.eval.studies import training as speed
 from blockffn.sparsity import of_activity
 from blockffn.training import cli, data, objectives
 from blockffn.training.config import OptimizerConfig, read_config
@@ -89,6 +93,7 @@ DENSE = (
     .replace('family = "blockffn"', 'family = "vanilla"\nintermediate_size = 12')
     .replace("num_experts = 7\ndim_expert = 4\n", "")
 )
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MODELS = {"blockffn": BLOCKFFN, "deco": DECO, "vanilla": DENSE}
 
 
@@ -97,7 +102,7 @@ def text(tmp_path_factory):
     texts = [f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20 for i in range(40)]
     folder = tmp_path_factory.mktemp("corpus")
     model = data.train_tokenizer(texts, folder / "tokenizer", 320)
-    train, validation = data.encode_documents(model, texts[3:]), data.encode_documents(model, texts[:3])
+    train, validation = (np.concatenate(list(data.encode_documents(model, part))) for part in (texts[3:], texts[:3]))
     return data.Corpus(train, validation, model, 1, 2, "test")
 
 
@@ -110,7 +115,7 @@ def config_of(folder: Path, body: str = BLOCKFFN, **overrides):
 def advance(trainer, n):
     """Take `n` steps without log or checkpoint."""
     for _ in range(n):
-        trainer.train_step(trainer.run.step)
+        trainer.train_step()
         trainer.run.step += 1
 
 
@@ -231,10 +236,10 @@ def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
     trainer = Trainer(config, text)
     train_step = trainer.train_step
 
-    def interrupted(step):
-        if step == 5:
+    def interrupted():
+        if trainer.run.step == 5:
             signal.raise_signal(signal.SIGINT)
-        return train_step(step)
+        return train_step()
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert not trainer.train()
@@ -250,7 +255,7 @@ def test_stop_signal_saves_and_the_log_has_no_gap(tmp_path, text, monkeypatch):
 def test_micro_batches_do_not_change_the_step(tmp_path, text):
     one = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 4}), text)
     two = Trainer(config_of(tmp_path, optimizer={"micro_sequences": 1}), text)
-    a, b = one.train_step(0), two.train_step(0)
+    a, b = one.train_step(), two.train_step()
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert a["chunk"] == pytest.approx(b["chunk"], rel=1e-5)
 
@@ -263,10 +268,10 @@ def test_router_terms_are_averaged_over_all_layers(tmp_path, text):
     with torch.no_grad():
         _, routers = trainer.decoder(tokens[:, :-1])
         own = objectives.router_entropy(routers[0].relu(), torch.from_numpy(data.document_ids(tokens[:, :-1].numpy())))
-    assert figures["entropy"] == pytest.approx(float(own) / 2, rel=1e-5)
-    assert total.item() == pytest.approx(figures["loss"] + 1e-3 * float(own) / 2, rel=1e-6)
+    assert float(figures["entropy"]) == pytest.approx(float(own) / 2, rel=1e-5)
+    assert total.item() == pytest.approx(float(figures["loss"]) + 1e-3 * float(own) / 2, rel=1e-6)
     assert trainer.entropy.coefficient == 1e-3
-    figures = trainer.train_step(0)
+    figures = trainer.train_step()
     assert figures["active"] > 0.2 and trainer.entropy.coefficient == pytest.approx(1.1e-3)  # share of the MoE layers
 
 
@@ -290,7 +295,7 @@ def test_bfloat16_autocast_keeps_router_in_float32(tmp_path, text):
     with torch.autocast("cpu", torch.bfloat16):
         _, routers = trainer.decoder(torch.ones(1, 4, dtype=torch.int64))
     assert routers[0].dtype == torch.float32
-    assert np.isfinite(trainer.train_step(0)["loss"])
+    assert np.isfinite(trainer.train_step()["loss"])
 
 
 def test_refuses_foreign_and_damaged_checkpoints(tmp_path, text):
@@ -303,6 +308,196 @@ def test_refuses_foreign_and_damaged_checkpoints(tmp_path, text):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BlockffnError, match="cannot be read"):
         trainer.run.resume()
+
+
+def test_not_finite_names_step_layer_and_last_checkpoint(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path), text)
+    advance(trainer, 2)
+    trainer.run.save()
+    advance(trainer, 1)
+    with torch.no_grad():
+        trainer.decoder.layers[1].attention.o[0, 0] = math.nan
+    with pytest.raises(
+        BlockffnError, match=r"step 3: .*gradient is not finite.*checkpoint.pt has the state after step 2"
+    ):
+        trainer.train_step()
+    assert all(torch.isfinite(p).all() for _, p in trainer.named if p is not trainer.decoder.layers[1].attention.o)
+
+
+def test_older_checkpoints_are_kept_and_rotate(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path, run={"keep": 2, "save_every": 2}), text)
+    trainer.train()
+    names = sorted(path.name for path in trainer.run.folder.glob("*.pt"))
+    assert names == ["checkpoint-0000008.pt", "checkpoint-0000010.pt", "checkpoint.pt"]
+    assert torch.load(trainer.run.folder / names[0])["step"] == 8
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, text, monkeypatch):
+    trainer = Trainer(config_of(tmp_path), text)
+    advance(trainer, 2)
+    trainer.run.save()
+    advance(trainer, 1)
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BlockffnError, match=r"cannot be written .*has the state after step 2"):
+        trainer.run.save()
+    assert [path.name for path in trainer.run.folder.iterdir()] == ["checkpoint.pt"]
+    other = Trainer(config_of(tmp_path), text)
+    other.run.resume()
+    assert other.run.step == 2
+
+
+@pytest.mark.parametrize("kind", ["blockffn", "deco"])
+def test_a_run_goes_on_from_a_checkpoint_folder(tmp_path, text, kind):
+    first = Trainer(config_of(tmp_path, MODELS[kind]), text)
+    advance(first, 3)
+    first.export(tmp_path / "m")
+    body = MODELS[kind].split("[model]")[0] + "[model]\n" + "[optimizer]" + MODELS[kind].split("[optimizer]")[1]
+    config = config_of(tmp_path, body, run={"out": str(tmp_path / "on")}, model={"checkpoint": str(tmp_path / "m")})
+    assert config.corpus.tokenizer == str(tmp_path / "m/tokenizer.model")
+    second = Trainer(config, text)
+    for name, value in weights(first).items():
+        stored = value if name.endswith("expert_bias") else value.bfloat16().float()
+        assert torch.equal(weights(second)[name], stored), name
+    assert second.train()
+    with pytest.raises(BlockffnError, match="another model"):  # the same files from another start
+        Trainer(config_of(tmp_path, MODELS[kind], run={"out": str(tmp_path / "on")}), text).run.resume()
+    with pytest.raises(BlockffnError, match=r"\[model\] num_experts: the checkpoint says the shape"):
+        config_of(tmp_path, body, model={"checkpoint": str(tmp_path / "m"), "num_experts": 7})
+    with pytest.raises(BlockffnError, match="expected vocab_size = 330"):
+        config_of(tmp_path, body, corpus={"vocab_size": 330}, model={"checkpoint": str(tmp_path / "m")})
+
+
+def test_recomputed_activations_do_not_change_the_step(tmp_path, text):
+    one, two = (Trainer(config_of(tmp_path, run={"recompute": flag}), text) for flag in (False, True))
+    assert one.train_step() == two.train_step()
+    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+
+
+def test_objectives_begin_late(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path, objective={"begin": 2}), text)
+    seen = []
+    for trainer.run.step in range(4):
+        seen.append(trainer.train_step())
+    assert ["chunk" in figures for figures in seen] == ["locality" in figures for figures in seen]
+    assert ["chunk" in figures for figures in seen] == [False, False, True, True]
+    assert trainer.factor.step == 2  # its warm-up and windows count from there
+
+
+def test_use_wakes_a_dead_expert(tmp_path, text):
+    """An expert whose logit is never above 0 has no gradient; the pull gives it one until it is used."""
+    idle = []
+    for use in (0.0, 0.5):
+        objective = {"locality": 0.0, "chunk": 0.0, "use": use, "use_low": 0.2, "use_high": 0.9}
+        trainer = Trainer(config_of(tmp_path, objective=objective, optimizer={"steps": 60}), text)
+        with torch.no_grad():
+            trainer.decoder.expert_layers()[0].router[2] = 0.0
+        advance(trainer, 60)
+        idle.append(trainer.evaluate()["dead"][0])
+    assert idle == [1.0, 0.0]
+
+
+def test_baselines_route_as_they_say(tmp_path, text):
+    top = Trainer(
+        config_of(tmp_path, objective={"locality": 0.0, "chunk": 0.0, "top_k": 3, "load_balance": 0.01}), text
+    )
+    figures = top.train_step()
+    assert figures["active"] == pytest.approx(3 / 7) and figures["load_balance"] >= 0.99
+    with pytest.raises(BlockffnError, match="no published layout"):
+        top.export(tmp_path / "m")
+    options = {"locality": 0.0, "chunk": 0.0, "l1": 1e-3, "l1_multiplier": 1.5}
+    remoe = Trainer(config_of(tmp_path, objective=options), text)
+    active = [remoe.train_step()["active"] for _ in range(3)]
+    assert active[0] > 0.2 and remoe.l1.coefficient > 1e-3
+
+
+def test_samples_and_tensorboard_are_written(tmp_path, text):
+    pytest.importorskip("tensorboard")
+    options = {"sample_tokens": 5, "sample_prompt": "def f", "tensorboard": True}
+    trainer = Trainer(config_of(tmp_path, run=options), text)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    samples = [row["sample"] for row in rows if "sample" in row]
+    assert len(samples) == 3 and all(sample.startswith("def f") for sample in samples)
+    assert 0 < rows[-1]["mfu"] < 1
+    (events,) = (tmp_path / "run/tensorboard").iterdir()
+    assert events.stat().st_size > 500
+
+
+def test_speed_is_measured_beside_a_plain_loop(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr("blockffn.training.train.prepare", lambda _: text)
+    config_of(tmp_path)
+    parser = argparse.ArgumentParser()
+    speed.add_arguments(parser)
+    assert speed.run(parser.parse_args([str(tmp_path / "train.toml"), "--steps", "1", "--rounds", "2"])) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["loop"] for row in found["rows"]] == ["trainer", "plain"]
+    assert all(0 < row["low"] <= row["rate"] <= row["high"] and 0 < row["of_mm"] < 1 for row in found["rows"])
+
+
+def test_the_plain_loop_does_the_trainers_work(tmp_path, text):
+    """Without routers nothing is left out: the same weights to the bit."""
+    trainer = Trainer(config_of(tmp_path, DENSE), text)
+    plain = speed.PlainLoop(trainer)
+    for _ in range(3):
+        plain.step()
+    advance(trainer, 3)
+    for (name, ours), (_, theirs) in zip(trainer.decoder.canonical(), plain.decoder.canonical(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_recipe_of_a_mid_size_model_runs(text):
+    """The published 0.1B shape, twenty short steps; the vocabulary apart nothing of the model is smaller."""
+    short = {"steps": 20, "warmup_steps": 4, "decay_steps": 4, "sequence_length": 16, "batch_sequences": 1}
+    overrides = {
+        "run": {"device": "cpu", "compile": False},
+        "corpus": {"vocab_size": 320},
+        "optimizer": short | {"micro_sequences": 1},
+        "objective": {"begin": 4, "chunk_warmup": 4, "chunk_stable": 8},
+    }
+    trainer = Trainer(read_config(ROOT / "examples/recipes/blockffn-0.1b.toml", overrides), text)
+    assert 110e6 < sum(p.numel() for _, p in trainer.named) < 125e6
+    losses = []
+    for trainer.run.step in range(20):
+        figures = trainer.train_step()
+        losses.append(figures["loss"])
+    assert np.mean(losses[-5:]) < losses[0] - 0.5 and {"locality", "chunk"} <= set(figures)
+
+
+def test_two_processes_make_the_step_of_one(tmp_path, text):
+    """torchrun on the loopback address: weights after three steps equal those of one process, to 1e-6."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"def function_{i}(a, b):\n    return a + {i} * b\n\n\n" * 20)
+    options = {
+        "run": {"threads": 1},
+        "optimizer": {"steps": 3, "warmup_steps": 1, "decay_steps": 1, "micro_sequences": 1},
+        "corpus": {"sources": [str(folder)], "validation": [str(folder / "1.txt")], "tokenizer": str(text.tokenizer)},
+    }
+    states = []
+    for name, launcher in (("one", ["-m"]), ("two", [*TORCHRUN, "-m"])):
+        place = tmp_path / name
+        place.mkdir()
+        config_of(place, DECO)
+        settings = options | {"corpus": options["corpus"] | {"cache": str(place / "cache")}}
+        words = [
+            f"{table}.{key}={json.dumps(value)}" for table, values in settings.items() for key, value in values.items()
+        ]
+        command = [sys.executable, *launcher, "blockffn", "train", str(place / "train.toml")]
+        command += [part for word in words for part in ("--set", word)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        states.append(torch.load(place / "run/checkpoint.pt"))
+    one, two = states
+    assert one["step"] == two["step"] == 3
+    for name, value in one["module"].items():
+        torch.testing.assert_close(two["module"][name], value, rtol=1e-5, atol=1e-6)
+    assert two["adaptive"]["entropy"] == one["adaptive"]["entropy"]
 
 
 BAD = {
@@ -333,6 +528,10 @@ BAD = {
     "multiplier": (("objective", "entropy_multiplier", 0.9), "entropy_multiplier: expected 1 or more"),
     "warm-up": (("objective", "chunk_warmup", 5), "chunk_warmup: expected at most chunk_stable = 0"),
     "factor": (("objective", "chunk", -0.1), "chunk: expected 0 or more"),
+    "range": (("objective", "use_low", 0.7), "use_low: expected at most use_high = 0.5"),
+    "top": (("objective", "top_k", 8), "top_k: expected at most the 7 experts"),
+    "balance": (("objective", "load_balance", 0.1), "load_balance needs top_k"),
+    "sources": (("corpus", "sources", "stdlib"), r"\[corpus\] sources: expected a list of strings"),
     "dense": (("model", "family", "vanilla"), "intermediate_size: expected a positive number"),
 }
 
@@ -353,6 +552,13 @@ def test_missing_key_bad_file_and_unknown_table(tmp_path):
         config_of(tmp_path, BLOCKFFN + "[modle]\n")
     with pytest.raises(BlockffnError, match="cannot be read"):
         read_config(tmp_path / "absent.toml")
+    (tmp_path / "arm.toml").write_text('extends = "train.toml"\n[optimizer]\nsteps = 77\n')
+    assert config_of(tmp_path).optimizer.steps == 12
+    arm = read_config(tmp_path / "arm.toml")
+    assert (arm.optimizer.steps, arm.optimizer.kind, arm.model.n_embd) == (77, "muon", 16)
+    (tmp_path / "arm.toml").write_text('extends = "arm.toml"\n')
+    with pytest.raises(BlockffnError, match="extends: expected the path of another training file"):
+        read_config(tmp_path / "arm.toml")
     with pytest.raises(BlockffnError, match="but family vanilla has none"):
         config_of(tmp_path, DENSE + "[objective]\nchunk = 0.1\n")
 
@@ -421,7 +627,7 @@ def test_groups_have_rates_of_their_own(tmp_path, text, kind):
     for factors in ({}, rates):
         trainer = Trainer(config_of(tmp_path, optimizer={**options, **factors}), text)
         before = weights(trainer)
-        trainer.train_step(0)
+        trainer.train_step()
         moved.append({name: (value - before[name]).abs().max().item() for name, value in weights(trainer).items()})
     for name, plain in moved[0].items():
         last = name.rpartition(".")[2]
@@ -437,7 +643,7 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
 
 
 def test_cli_trains_and_exports(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr("blockffn.training.train.prepare", lambda *_: text)
+    monkeypatch.setattr("blockffn.training.train.prepare", lambda _: text)
     config_of(tmp_path)
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)

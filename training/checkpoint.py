@@ -19,17 +19,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from blockffn.errors import BlockffnError
+from blockffn.training import parallel
 from blockffn.training.config import OptimizerConfig, RunConfig
+from blockffn.training.speed import matmul_rate
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT, LOG, CURVE = "checkpoint.pt", "log.jsonl", "curve.png"
-SHOWN = ("loss", "validation", "active", "tokens_per_second")  # of a step's figures, in the progress line
+SHOWN = ("loss", "validation", "active", "tokens_per_second", "mfu")  # of a step's figures, in the progress line
 SCHEDULE = ("steps", "decay_steps", "final_ratio", "micro_sequences")  # may change when a run is resumed
 
 
@@ -52,21 +57,30 @@ def run_identity(run: RunConfig, optimizer: OptimizerConfig, shape: Sequence[obj
     return hashlib.sha256(json.dumps([kept, list(shape), run.seed, run.precision, fingerprint]).encode()).hexdigest()
 
 
+def fingerprint(module: nn.Module) -> str:
+    """Digits that tell weights apart: the sum of all."""
+    return repr(sum(float(p.detach().double().sum()) for p in module.parameters()))
+
+
 class Run:
     """The state of a run that outlives the process, and what the user sees of it."""
 
     def __init__(
         self, run: RunConfig, optimizer: OptimizerConfig, identity: str, module: nn.Module,
-        optimizers: list[torch.optim.Optimizer], adaptive: Mapping[str, Adaptive],
+        optimizers: list[torch.optim.Optimizer], adaptive: Mapping[str, Adaptive], flops_per_token: float = 0.0,
     ) -> None:  # fmt: skip
         self.config, self.optimizer, self.identity = run, optimizer, identity
         self.module, self.optimizers, self.adaptive = module, optimizers, adaptive
         self.folder = Path(run.out)
+        self.flops_per_token = flops_per_token  # of a step, to tell its share of torch.mm's rate; 0: unknown
+        self._peak = 0.0
         self.step = 0  # steps that are done
+        self._saved = 0  # the step of checkpoint.pt, 0 for none
         self.seconds = 0.0  # spent in training steps, over all sittings
         self._began = time.perf_counter()
         self._bar: tqdm[Any] | None = None
-        self._stopped: list[int] = []
+        self._stopped: list[int] = []  # signals
+        self._board: SummaryWriter | None = None
 
     @property
     def complete(self) -> bool:
@@ -78,24 +92,46 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         with _stop_signals() as self._stopped, _progress(self.optimizer.steps, self.step) as self._bar:
-            while not self.complete and not self._stopped:
+            if self.flops_per_token:
+                dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+                self._peak = parallel.size() * matmul_rate(next(self.module.parameters()).device, dtype)
+            self._board = open_board(self.folder) if self.config.tensorboard and parallel.rank() == 0 else None
+            while not self.complete and not self.stopping():
                 self._began = time.perf_counter()
                 yield self.step
+            if self._board is not None:
+                self._board.close()
+
+    def stopping(self) -> bool:
+        """Whether this process or another of the run was asked to stop; all ask, after each step."""
+        return parallel.any_rank(bool(self._stopped), next(self.module.parameters()).device)
 
     def done(self, figures: dict[str, Any], evaluate: Callable[[int], dict[str, Any]]) -> None:
         """Count the step that `steps` yielded last, with its figures; evaluate, log and save when it is time."""
         run, o = self.config, self.optimizer
         seconds = time.perf_counter() - self._began
         self.step, self.seconds = self.step + 1, self.seconds + seconds
-        figures = figures | {"tokens_per_second": o.batch_sequences * o.sequence_length / seconds}
-        if self.complete or self.step % run.eval_every == 0:
-            figures |= evaluate(run.eval_sequences)
         if self._bar is not None:
             self._bar.update()
+        last = self.complete or self.stopping()
+        if parallel.rank() > 0:
+            return
+        speed = o.batch_sequences * o.sequence_length / seconds
+        figures = figures | {"tokens_per_second": speed}
+        figures |= {"mfu": speed * self.flops_per_token / self._peak} if self._peak else {}
+        if self.complete or self.step % run.eval_every == 0:
+            figures |= evaluate(run.eval_sequences)
         if self.complete or self.step % run.log_every == 0 or "validation" in figures:
             self._log(figures)
-        if self.complete or self._stopped or self.step % run.save_every == 0:
+        if last or self.step % run.save_every == 0:
             self.save()
+
+    def last_good(self) -> str:
+        """Words that say from where the run can go on."""
+        path = self.folder / CHECKPOINT
+        if not self._saved:
+            return f"{path} was not written yet"
+        return f"{path} has the state after step {self._saved}, from which the same command goes on"
 
     def save(self) -> None:
         """Write checkpoint.pt whole or not at all."""
@@ -108,9 +144,22 @@ class Run:
             "adaptive": {name: part.state() for name, part in self.adaptive.items()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+        path, partial = self.folder / CHECKPOINT, self.folder / (CHECKPOINT + ".partial")
+        try:
+            torch.save(state, partial)
+        except (OSError, RuntimeError) as err:  # torch raises RuntimeError where the disk is full
+            partial.unlink(missing_ok=True)
+            raise BlockffnError(f"{path}: cannot be written ({err}); {self.last_good()}") from err
+        if self.config.keep and path.is_file():
+            self._keep(path)
+        os.replace(partial, path)
+        self._saved = self.step
+
+    def _keep(self, path: Path) -> None:
+        """Put the last checkpoint aside under its step, and remove the oldest beyond `keep`."""
+        os.replace(path, path.with_stem(f"{path.stem}-{self._saved:07d}"))
+        for old in sorted(self.folder.glob(f"{path.stem}-*.pt"))[: -self.config.keep]:
+            old.unlink()
 
     def resume(self) -> None:
         """Load checkpoint.pt if there is one. Raises BlockffnError when it belongs to another run or is damaged."""
@@ -132,7 +181,7 @@ class Run:
             optimizer.load_state_dict(saved)
         for name, part in self.adaptive.items():
             part.load(state["adaptive"][name])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self._saved = state["step"], state["seconds"], state["step"]
         _cut_log(self.folder / LOG, self.step)
 
     def _log(self, figures: dict[str, Any]) -> None:
@@ -143,9 +192,15 @@ class Run:
             log.write(json.dumps(row) + "\n")
         shown = {k: row[k] for k in SHOWN if k in row}
         if self._bar is None or self._bar.disable:
-            print(f"step {self.step}/{o.steps}", *(f"{k} {v}" for k, v in shown.items()), flush=True)
+            left = _clock((o.steps - self.step) * self.seconds / self.step)
+            print(f"step {self.step}/{o.steps}", *(f"{k} {v}" for k, v in shown.items()), f"left {left}", flush=True)
         else:
             self._bar.set_postfix(shown)
+        if "sample" in row:
+            tqdm.write(f"sample: {row['sample']}")
+        if self._board is not None:
+            for tag, value in (curve for name, figure in row.items() for curve in _curves(name, figure)):
+                self._board.add_scalar(tag, value, self.step)
 
 
 def find_device(name: str) -> torch.device:
@@ -158,8 +213,40 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def open_board(folder: Path) -> SummaryWriter:
+    """The curves of `[run] tensorboard`, in the folder of the run. Raises BlockffnError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as err:
+        raise BlockffnError(
+            "[run] tensorboard: needs a package: pip install 'blockffn[tensorboard]', or remove the key"
+        ) from err
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _curves(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """A figure's curves: of a list, the mean under its name and a curve per layer; a text has none."""
+    if isinstance(value, list):
+        yield name, sum(value) / len(value)
+        for layer, part in enumerate(value):
+            yield f"{name}/layer_{layer}", float(part)
+    elif not isinstance(value, str):
+        yield name, float(value)
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: [float(f"{x:.5g}") for x in v] if isinstance(v, list) else float(f"{v:.5g}") for k, v in figures.items()}
+    """Numbers with five digits; texts as they are."""
+    return {k: [_round(x) for x in v] if isinstance(v, list) else _round(v) for k, v in figures.items()}
+
+
+def _round(value: Any) -> Any:
+    return value if isinstance(value, str) else float(f"{value:.5g}")
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -170,7 +257,8 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _progress(steps: int, done: int) -> tqdm[Any]:
-    return tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    hidden = parallel.rank() > 0 or not sys.stderr.isatty()
+    return tqdm(total=steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 blockffn train examples/tiny-blockffn/train.toml
 blockffn train examples/tiny-blockffn/train.toml --export examples/tiny-blockffn
+torchrun --nproc-per-node 2 -m blockffn train examples/tiny-blockffn/train.toml
 """
 
 from __future__ import annotations
@@ -35,9 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out ``blockffn train``; returns the exit code. Raises BlockffnError for anything wrong with the input."""
+    from blockffn.training import parallel
+
+    try:
+        return _run(args, _trainer(args.config, overrides(args.set)))
+    finally:
+        parallel.close_world()
+
+
+def _run(args: argparse.Namespace, trainer: Trainer | EagleTrainer) -> int:
+    from blockffn.training import parallel
     from blockffn.training.checkpoint import CHECKPOINT, CURVE, LOG
 
-    trainer = _trainer(args.config, _overrides(args.set))
     if args.eval_only:
         checkpoint = trainer.run.folder / CHECKPOINT
         if not checkpoint.is_file():
@@ -45,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         trainer.run.resume()
     elif not trainer.train():
         print(f"stopped after step {trainer.run.step}; the same command goes on from there")
+        return 0
+    if parallel.rank() > 0:
         return 0
     figures = {"steps": trainer.run.step, "seconds": round(trainer.run.seconds), **trainer.evaluate()}
     if args.export is not None:
@@ -84,8 +96,12 @@ def summary(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _overrides(settings: list[str]) -> dict[str, dict[str, object]]:
-    """["run.seed=1"] -> {"run": {"seed": 1}}; values are TOML values, a bare word is a string."""
+def overrides(settings: list[str]) -> dict[str, dict[str, object]]:
+    """Return the tables that `--set` names; values are TOML values, a bare word is a string.
+
+    >>> overrides(["run.seed=1"])
+    {'run': {'seed': 1}}
+    """
     from blockffn.training.config import parse_value
 
     tables: dict[str, dict[str, object]] = {}

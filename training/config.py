@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ ROUTER_NORMS = {"blockffn": ("rms", "sum", "none"), "deco": ("none", "rms", "nor
 BIAS_METHODS = ("base", "rms")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
+FACTORS = ("locality", "chunk", "entropy", "l1", "bias_rate", "use", "top_k", "load_balance")  # of [objective]
+TYPE_NAMES = {"tuple[str, ...]": "a list of strings"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,24 @@ class RunConfig:
     eval_every: int = 100
     eval_sequences: int = 16
     save_every: int = 50
+    keep: int = 0  # older checkpoints to keep beside checkpoint.pt
+    tensorboard: bool = False  # curves for TensorBoard too, in out/tensorboard
+    sample_tokens: int = 0  # tokens of a sample at every evaluation, 0 for none
+    sample_prompt: str = "def "
+    recompute: bool = False  # activations of a layer anew in the backward pass: less memory, a third more work
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPUs
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Text and vocabulary."""
+    """Text and vocabulary; blockffn.training.corpora says what a source is."""
 
     vocab_size: int
+    sources: tuple[str, ...] = ("stdlib",)
+    validation: tuple[str, ...] = ()  # sources that validate; without any, documents of `sources` do
+    validation_share: float = 0.12  # of the documents of `sources` are candidates
+    json_field: str = "text"  # of .jsonl files
+    package_mb: float = 8.0  # of a package so much text at most, in 10^6 characters
     cache: str = "build/corpus"
     tokenizer: str = ""  # an existing tokenizer.model instead of a new one
 
@@ -90,6 +103,7 @@ class OptimizerConfig:
 class ObjectiveConfig:
     """Factors of the router's objectives; 0 switches one off."""
 
+    begin: int = 0  # first step of locality and chunk
     locality: float = 0.0
     locality_beta: float = 100.0
     chunk: float = 0.0
@@ -101,8 +115,15 @@ class ObjectiveConfig:
     chunk_max_factor: float = 4.0
     entropy: float = 0.0
     entropy_multiplier: float = 1.001
+    l1: float = 0.0
+    l1_multiplier: float = 1.2
     target_ratio: float = 0.2
     bias_rate: float = 0.0
+    use: float = 0.0
+    use_low: float = 0.02
+    use_high: float = 0.5
+    top_k: int = 0  # experts per token by softmax and top-k, in place of ReLU
+    load_balance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,7 @@ class TrainConfig:
     model: ModelConfig
     optimizer: OptimizerConfig
     objective: ObjectiveConfig
+    checkpoint: str = ""  # folder of the weights to start from; random ones without
 
 
 def read_config(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> TrainConfig:
@@ -123,13 +145,14 @@ def read_config(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = 
     run = read_table(path, "run", tables, RunConfig)
     corpus = read_table(path, "corpus", tables, CorpusConfig)
     optimizer = read_table(path, "optimizer", tables, OptimizerConfig)
-    config = TrainConfig(
-        run,
-        corpus,
-        _read_model(path, tables, corpus),
-        optimizer,
-        read_table(path, "objective", tables, ObjectiveConfig),
-    )
+    objective = read_table(path, "objective", tables, ObjectiveConfig)
+    checkpoint = str(tables.get("model", {}).get("checkpoint", ""))
+    if checkpoint:
+        model = _read_checkpoint(path, tables["model"], corpus)
+        corpus = replace(corpus, tokenizer=corpus.tokenizer or str(Path(checkpoint) / "tokenizer.model"))
+    else:
+        model = _read_model(path, tables, corpus)
+    config = TrainConfig(run, corpus, model, optimizer, objective, checkpoint)
     _check_values(path, config)
     check_optimizer(path, optimizer, run)
     return config
@@ -165,6 +188,23 @@ class _ModelTable:
     scale_emb: float = 1.0
     scale_depth: float = 0.0  # 0: residual branches are not scaled
     dim_model_base: int = 0  # 0: logits are not scaled
+
+
+def _read_checkpoint(path: Path, table: Mapping[str, Any], corpus: CorpusConfig) -> ModelConfig:
+    """The shape of the model that the run goes on with; its folder is all that the table may say."""
+    from blockffn.convert.checkpoint import open_checkpoint
+    from blockffn.convert.families import read_config as read_shape
+
+    if more := [key for key in table if key != "checkpoint"]:
+        raise BlockffnError(f"{path}: [model] {more[0]}: the checkpoint says the shape; remove the key, or checkpoint")
+    model = read_shape(open_checkpoint(table["checkpoint"]))
+    found = (model.n_vocab, model.bos_id, 2 in model.eos_ids)
+    if found != (corpus.vocab_size, 1, True):
+        raise BlockffnError(
+            f"{path}: [model] checkpoint: expected vocab_size = {corpus.vocab_size} with bos 1 and eos 2, found "
+            f"{model.n_vocab} with bos {model.bos_id} and eos {', '.join(map(str, model.eos_ids))}; correct vocab_size"
+        )
+    return model
 
 
 def _read_model(path: Path, tables: Mapping[str, Any], corpus: CorpusConfig) -> ModelConfig:
@@ -229,31 +269,61 @@ def read_tables(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None) -
         raise BlockffnError(f"{path}: cannot be read ({err.strerror}); give the path of a training file") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise BlockffnError(f"{path}: not a TOML file: {err}") from err
-    for table, values in (overrides or {}).items():
-        tables[table] = {**tables.get(table, {}), **values}
+    return _merged(_base(path, tables.pop("extends", None)), tables, overrides or {})
+
+
+def _base(path: Path, name: Any) -> dict[str, Any]:
+    """The tables of the file that `path` extends, a path relative to its own folder; none without one."""
+    if name is None:
+        return {}
+    if not isinstance(name, str) or (path.parent / name).resolve() == path.resolve():
+        raise BlockffnError(f"{path}: extends: expected the path of another training file, found {name!r}")
+    return read_tables(path.parent / name, None)
+
+
+def _merged(*files: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables in which later files replace single values of earlier ones."""
+    tables: dict[str, Any] = {}
+    for file in files:
+        for table, values in file.items():
+            whole = isinstance(values, dict) and isinstance(tables.get(table), dict)
+            tables[table] = {**tables[table], **values} if whole else values
     return tables
 
 
 def _check_values(path: Path, config: TrainConfig) -> None:
     objective = config.objective
     _check_objective(path, objective)
-    wanted = objective.locality or objective.chunk or objective.entropy or objective.bias_rate
+    wanted = [key for key in FACTORS if getattr(objective, key)]
     if wanted and config.model.moe is None:
         raise BlockffnError(
-            f"{path}: [objective] acts on routers, but family {config.model.family} has none; remove it"
+            f"{path}: [objective] {wanted[0]} acts on routers, but family {config.model.family} has none; remove it"
         )
     if objective.bias_rate and config.model.moe is not None and config.model.moe.bias_method == "none":
         raise BlockffnError(f"{path}: [objective] bias_rate needs expert_bias = true in [model]")
+    if config.model.moe is not None and objective.top_k > config.model.moe.n_expert:
+        raise BlockffnError(
+            f"{path}: [objective] top_k: expected at most the {config.model.moe.n_expert} experts, "
+            f"found {objective.top_k}"
+        )
+    if objective.load_balance and not objective.top_k:
+        raise BlockffnError(
+            f"{path}: [objective] load_balance needs top_k; `use` is what keeps ReLU-routed experts alive"
+        )
 
 
 def _check_objective(path: Path, o: ObjectiveConfig) -> None:
     """Raise BlockffnError for values of [objective] that make no sense."""
-    zero = ("locality", "chunk", "entropy", "bias_rate", "chunk_warmup", "chunk_stable")
-    rules = [(key, getattr(o, key) >= 0, "0 or more") for key in zero]
+    rules = [(key, getattr(o, key) >= 0, "0 or more") for key in (*FACTORS, "begin", "chunk_warmup", "chunk_stable")]
     positive = ("locality_beta", "chunk_size", "chunk_window", "chunk_max_factor")
     rules += [(key, getattr(o, key) > 0, "a positive number") for key in positive]
-    rules += [(key, getattr(o, key) >= 1, "1 or more") for key in ("entropy_multiplier", "chunk_min_ratio")]
-    rules.append(("target_ratio", 0 < o.target_ratio < 1, "a share between 0 and 1"))
+    rules += [
+        (key, getattr(o, key) >= 1, "1 or more") for key in ("entropy_multiplier", "l1_multiplier", "chunk_min_ratio")
+    ]
+    rules += [
+        (key, 0 < getattr(o, key) < 1, "a share between 0 and 1") for key in ("target_ratio", "use_low", "use_high")
+    ]
+    rules.append(("use_low", o.use_low <= o.use_high, f"at most use_high = {o.use_high}"))
     rules.append(("chunk_warmup", o.chunk_warmup <= o.chunk_stable, f"at most chunk_stable = {o.chunk_stable}"))
     for key, holds, expected in rules:
         if not holds:
@@ -367,10 +437,18 @@ def read_table(path: Path, table: str, tables: Mapping[str, Any], kind: type[Any
                     f"{path}: [{table}] {name}: expected a value, found none; docs/training.md explains it"
                 )
             continue
-        expected: Any = {"int": int, "float": (int, float), "str": str, "bool": bool}[str(f.type)]
-        if not isinstance(values[name], expected) or (isinstance(values[name], bool) and f.type != "bool"):
-            raise BlockffnError(f"{path}: [{table}] {name}: expected {f.type}, found {values[name]!r}")
-    return kind(**values)
+        if not _fits(values[name], str(f.type)):
+            expected = TYPE_NAMES.get(str(f.type), f.type)
+            raise BlockffnError(f"{path}: [{table}] {name}: expected {expected}, found {values[name]!r}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a TOML value has the type of a field."""
+    if kind == "tuple[str, ...]":
+        return isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
+    expected: Any = {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]
+    return isinstance(value, expected) and (not isinstance(value, bool) or kind == "bool")
 
 
 def parse_value(text: str) -> Any:

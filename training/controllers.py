@@ -1,4 +1,4 @@
-"""What moves between steps: the factor of chunk sparsification, the coefficient of the entropy, the expert bias.
+"""What moves between steps: the factor of chunk sparsification, a term's coefficient, the use of experts, their bias.
 
     >>> factor = AdaptiveFactor(0.05, warmup=100, stable=1000)
     >>> factor.update(loss=0.4)
@@ -6,7 +6,7 @@
     0.001
 
 Sources: BlockFFN arXiv 2507.08771 appendix (factor scheduler), DECO arXiv 2605.10933 (the entropy's controller, the
-loss-free bias).
+loss-free bias), ReMoE arXiv 2412.14711 (the same controller on L1). `ExpertUse` is an addition of this project.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class AdaptiveFactor:
 
 
 @dataclass
-class EntropyController:
-    """DECO's multiplicative controller: times m while too many experts are active, else divided by m.
+class SparsityController:
+    """DECO's and ReMoE's multiplicative controller: times m while too many experts are active, else divided by m.
 
     The coefficient never falls below `start`.
     """
@@ -110,14 +110,43 @@ class EntropyController:
         vars(self).update(state)
 
 
-@torch.no_grad()
-def update_expert_bias(bias: Tensor, routed: Tensor, documents: Tensor, target: float, rate: float = 1e-3) -> None:
-    """DECO's loss-free bias, in place: b -= rate * sign(tokens per expert - target per expert).
+class ExpertUse:
+    """The share of tokens that activate each expert, averaged over steps, and the pull towards a range of it.
 
-    bias [E]; routed bool [B, T, E] is r + b' > 0, not a > 0: a positive bias adds no expert to a > 0, so that counting
-    there would let the bias of an idle expert grow for ever. `target` is the wanted share of routed experts: an
-    expert's target is target * tokens. Padding does not count.
+    `low` and `high` bound the share; within them nothing is pulled. The share is an exponential mean with DECAY.
     """
-    real = documents >= 0  # [B, T]
-    load = (routed & real[..., None]).sum(dim=(0, 1)).to(torch.float64)  # [E]
-    bias -= rate * torch.sign(load - target * real.sum()).to(bias.dtype)
+
+    DECAY = 0.9
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.share: Tensor | None = None  # [layers, E], of the experts' layers
+
+    def pull(self) -> Tensor | None:
+        """[layers, E] from -1 (never used) to 1 (always used), 0 within the bounds; None before the first step."""
+        if self.share is None:
+            return None
+        short = (self.share / self.low - 1).clamp(max=0)  # -1 at 0, 0 from low on
+        return short + ((self.share - self.high) / (1 - self.high)).clamp(min=0)
+
+    def update(self, share: Tensor) -> None:
+        """Tell the shares of the current step, [layers, E]."""
+        self.share = share if self.share is None else self.DECAY * self.share + (1 - self.DECAY) * share
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return {"share": self.share}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`; the bounds are those of the training file."""
+        self.share = state["share"]
+
+
+@torch.no_grad()
+def update_expert_bias(bias: Tensor, share: Tensor, target: float, rate: float = 1e-3) -> None:
+    """DECO's loss-free bias, in place: b -= rate * sign(share of tokens per expert - target).
+
+    bias [E]; share [E] of the tokens with r + b' > 0, not a > 0: a positive bias adds no expert to a > 0, so that
+    counting there would let the bias of an idle expert grow for ever.
+    """
+    bias -= rate * torch.sign(share - target).to(bias.dtype)

@@ -25,7 +25,7 @@ from torch.nn import functional
 from blockffn.convert.model import ModelConfig
 from blockffn.convert.save import save_tensors, write_json
 from blockffn.errors import BlockffnError
-from blockffn.training.checkpoint import Run, run_identity
+from blockffn.training.checkpoint import Run, fingerprint, run_identity
 from blockffn.training.config import (
     CorpusConfig,
     OptimizerConfig,
@@ -212,8 +212,8 @@ class EagleTrainer:
         self.config, run, o = config, config.run, config.optimizer
         self.device = open_device(run)
         reference = ReferenceModel.from_checkpoint(config.head.target)
-        tokenizer = Path(config.corpus.tokenizer or Path(config.head.target) / "tokenizer.model")
-        self.corpus = corpus or prepare(Path(config.corpus.cache), config.corpus.vocab_size, tokenizer)
+        tokenizer = config.corpus.tokenizer or str(Path(config.head.target) / "tokenizer.model")
+        self.corpus = corpus or prepare(replace(config.corpus, tokenizer=tokenizer))
         found, wanted = config.corpus.vocab_size, reference.config.n_vocab
         if found != wanted:
             raise BlockffnError(f"[corpus] vocab_size: expected {wanted} as the target has, found {found}")
@@ -225,23 +225,23 @@ class EagleTrainer:
         self.named = list(self.head.named_parameters())
         self.optimizers = make_optimizers(self.named, o)
         self.random = torch.Generator()  # of the noise; seeded anew in each step, from seed and step alone
-        total = sum(float(p.double().sum()) for p in self.target.parameters())
-        shape = [dataclasses.asdict(config.head), repr(total)]  # the head, and the weights of the target
+        shape = [dataclasses.asdict(config.head), fingerprint(self.target)]
         identity = run_identity(run, o, shape, self.corpus.fingerprint)
         self.run = Run(run, o, identity, self.head, self.optimizers, {})
 
     def train(self) -> bool:
         """Run to the last step, or until Ctrl-C. Returns whether the run is complete."""
-        for step in self.run.steps():
-            self.run.done(self.train_step(step), self.evaluate)
+        for _ in self.run.steps():
+            self.run.done(self.train_step(), self.evaluate)
         return self.run.complete
 
-    def train_step(self, step: int) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its figures."""
-        self.random.manual_seed(self.config.run.seed * 1_000_003 + step)
-        return optimizer_step(step, self.loss, self.windows, self.named, self.optimizers, self.config.optimizer)
+        self.random.manual_seed(self.config.run.seed * 1_000_003 + self.run.step)
+        figures = optimizer_step(self.run, self.loss, self.windows, self.named)
+        return {name: float(value) for name, value in figures.items()}
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens [B, T + 1] -> smooth L1 + token_weight * cross-entropy over tokens 1..T-1, and the parts."""
         c, tokens = self.config.head, tokens.to(self.device)
         noise = torch.rand(tokens.shape[0], tokens.shape[1] - 2, self.head.config.n_embd, generator=self.random)
@@ -251,8 +251,9 @@ class EagleTrainer:
             wanted = functional.softmax(self.target.logits(truth).float(), dim=-1)  # [B, T-1, V]
             given = functional.log_softmax(self.target.logits(guess).float(), dim=-1)
         distribution = -(wanted * given).sum(dim=-1).mean()
-        figures = {"loss": features.item() + c.token_weight * distribution.item(), "features": features.item()}
-        return features + c.token_weight * distribution, figures | {"distribution": distribution.item()}
+        total = features + c.token_weight * distribution
+        parts = {"loss": total, "features": features, "distribution": distribution}
+        return total, {name: part.detach() for name, part in parts.items()}
 
     def _guess(self, tokens: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
         """tokens [B, T] -> the head's f' and the target's f of tokens 1..T-1: [B, T-1, h] each."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
@@ -200,6 +201,7 @@ class Experts(nn.Module):
         self.shared_down = parameter(h, shared) if shared else None
         self.given: Tensor | None = None  # bool [B, T, E]: active sets to use in place of the router's own
         self.threshold, self.budget = 0.0, 0  # the dial of ReferenceModel.forward
+        self.top_k = 0  # softmax and top-k in place of ReLU, for the trainer's comparisons; no published layout has it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, h] -> y [B, T, h] and the router logits r [B, T, E] (float32 at least)."""
@@ -214,6 +216,9 @@ class Experts(nn.Module):
 
     def selected(self, logits: Tensor) -> Tensor:
         """a = relu(r) inside the active set, else 0; the expert bias moves the threshold, not the score: [B, T, E]."""
+        if self.top_k:
+            p = logits.softmax(dim=-1)
+            return torch.zeros_like(p).scatter(-1, (top := p.topk(self.top_k, dim=-1)).indices, top.values)
         a = functional.relu(logits)
         if self.given is not None:
             return a * self.given
@@ -316,6 +321,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = parameter(config.n_vocab, config.n_embd)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
+        self.recompute = False  # the layers' activations anew in the backward pass
         self.output_norm = parameter(config.n_embd)
         self.lm_head = None if config.tied else parameter(config.n_vocab, config.n_embd)
 
@@ -324,7 +330,7 @@ class Decoder(nn.Module):
         x = functional.embedding(tokens, self.embed) * self.config.embedding_scale  # [B, T, h]
         routers: list[Tensor] = []
         for layer in self.layers:
-            x, router_logits = layer(x)
+            x, router_logits = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
             if router_logits is not None:
                 routers.append(router_logits)
         return rms_norm(x, self.output_norm, self.config.rms_eps), routers

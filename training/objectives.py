@@ -4,7 +4,8 @@ All act on the router of each expert layer; the trainer averages over all layers
 are router logits, a = relu(r), p = a / (sum_e a + 1e-5); `documents` [B, T] numbers the document of each token, -1 for
 padding.
 Sources: BlockFFN arXiv 2507.08771 section 3.2 and appendix (locality, chunk sparsification), DECO arXiv
-2605.10933 (router entropy).
+2605.10933 (router entropy). To compare with: ReMoE arXiv 2412.14711 (L1), Switch arXiv 2101.03961 (load balance of
+top-k routing). `use_pull` is an addition of this project.
 
     >>> a = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])             # expert 0 serves both tokens
     >>> round(chunk_sparsification(a, torch.zeros(1, 2), 2).item(), 3)
@@ -59,3 +60,35 @@ def router_entropy(selected: Tensor, documents: Tensor) -> Tensor:
     p, real = shares(selected), documents >= 0
     entropy = -(p * torch.log(p + EPS)).sum(dim=-1)  # [B, T]
     return (entropy * real).sum() / real.sum().clamp(min=1)
+
+
+def l1(selected: Tensor, documents: Tensor, target: float) -> Tensor:
+    """ReMoE: mean over tokens of sum_e f_e a_e, where f_e is expert e's share of active tokens over `target`.
+
+    selected a [B, T, E] -> scalar. f carries no gradient: the more an expert is used, the harder it is held down.
+    """
+    real = documents >= 0  # [B, T]
+    n_real = real.sum().clamp(min=1)
+    used = ((selected.detach() > 0) & real[..., None]).sum(dim=(0, 1)) / (target * n_real)  # [E]
+    return ((selected * used).sum(dim=-1) * real).sum() / n_real
+
+
+def load_balance(r: Tensor, selected: Tensor, documents: Tensor) -> Tensor:
+    """Switch: E * sum_e f_e P_e, 1 where all experts are used alike. f: shares of choices, P: mean softmax of r.
+
+    r and selected [B, T, E] -> scalar. f carries no gradient.
+    """
+    real = (documents >= 0)[..., None]  # [B, T, 1]
+    chosen = ((selected.detach() > 0) & real).sum(dim=(0, 1)).to(r.dtype)  # [E]
+    mean = (r.softmax(dim=-1) * real).sum(dim=(0, 1)) / real.sum().clamp(min=1)  # [E]
+    return r.shape[-1] * (chosen / chosen.sum().clamp(min=1) * mean).sum()
+
+
+def use_pull(r: Tensor, documents: Tensor, pull: Tensor) -> Tensor:
+    """Mean over tokens and experts of pull_e * r_e, pull [E] of `controllers.ExpertUse`: the raw logit of an expert
+    that is used too little rises, of one that is used too much falls; without it neither objective can wake an expert.
+
+    r [B, T, E] -> scalar; inactive experts have a gradient.
+    """
+    real = documents >= 0  # [B, T]
+    return ((r * pull).mean(dim=-1) * real).sum() / real.sum().clamp(min=1)

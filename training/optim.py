@@ -9,6 +9,7 @@ for embeddings, head, routers and norms: on a few million tokens Muon learns mar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -103,13 +104,19 @@ def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> d
 
     The router objectives are steep (beta 100): in one norm over everything they would shorten every other step, and a
     large language-model gradient would silence the router. The authors clip the router matrices as a group of their
-    own. Returns both norms before clipping, ``gradient`` and, where there are routers, ``router_gradient``.
+    own. Returns both norms before clipping, ``gradient`` and, where there are routers, ``router_gradient``; where one
+    is not finite no gradient is touched.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, p in named:
         group = "router_gradient" if name.rpartition(".")[2] == "router" else "gradient"
         groups.setdefault(group, []).append(p)
-    return {group: float(nn.utils.clip_grad_norm_(params, limit)) for group, params in groups.items()}
+    gradients = {group: [p.grad for p in params if p.grad is not None] for group, params in groups.items()}
+    norms = {group: float(nn.utils.get_total_norm(found)) for group, found in gradients.items()}
+    if all(math.isfinite(norm) for norm in norms.values()):
+        for group, norm in norms.items():
+            nn.utils.clip_grads_with_norm_(groups[group], limit, torch.tensor(norm))
+    return norms
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:

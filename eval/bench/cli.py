@@ -39,6 +39,7 @@ STUDIES = {
     "harness": ("blockffn.eval.studies.harness", "requests of lm_eval: together, one by one, beside llama-server"),
     "streams": ("blockffn.eval.studies.streams", "many texts at once, in Python and over HTTP, beside llama-server"),
     "loop": ("blockffn.eval.studies.loop", "the time of the Python loop of speculative decoding"),
+    "training": ("blockffn.eval.studies.training", "the trainer beside a plain torch loop, and torch.mm"),
     "differences": ("blockffn.eval.studies.differences", "greedy text: plain against speculative decoding"),
 }
 

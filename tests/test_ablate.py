@@ -1,0 +1,114 @@
+"""Tables of training runs: every arm with every seed, kept when complete, refused when its file has changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from blockffn.errors import BlockffnError
+from blockffn.training import ablate
+
+BASE = """
+[run]
+out = "unused"
+seed = 1
+threads = 1
+log_every = 2
+eval_every = 4
+eval_sequences = 1
+save_every = 2
+[corpus]
+vocab_size = 300
+sources = ["TEXT"]
+validation = ["TEXT/0.txt"]
+cache = "CACHE"
+[model]
+name = "arm"
+family = "blockffn"
+hidden_size = 16
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 2
+max_position_embeddings = 64
+tie_word_embeddings = true
+num_experts = 7
+dim_expert = 4
+[optimizer]
+kind = "muon"
+learning_rate = 1e-2
+steps = 4
+warmup_steps = 1
+decay_steps = 1
+sequence_length = 32
+batch_sequences = 2
+micro_sequences = 1
+"""
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """Two arms over one base file: without objectives, and with chunk sparsification."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(6):
+        (text / f"{i}.txt").write_text("".join(f"value_{i}_{j} = compute({j * i})\n" for j in range(60)))
+    body = BASE.replace("TEXT", str(text)).replace("CACHE", str(tmp_path / "cache"))
+    (tmp_path / "base.toml").write_text(body)
+    for name, objective in (("none", ""), ("chunk", "[objective]\nchunk = 0.1\n")):
+        (tmp_path / f"{name}.toml").write_text(f'extends = "base.toml"\n{objective}')
+    return [tmp_path / "none.toml", tmp_path / "chunk.toml"]
+
+
+def options(arms, out, *more):
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    return parser.parse_args([*map(str, arms), "--out", str(out), *more])
+
+
+def test_table_of_two_arms_and_two_seeds(arms, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert ablate.run(options(arms, out, "--seeds", "1,2", "--jobs", "2")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[0].startswith("| arm | loss | TLS | CLS_8 |") and lines[2].startswith("| none |") and " +- " in lines[2]
+    )
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in rows] == [("none", 1), ("none", 2), ("chunk", 1), ("chunk", 2)]
+    assert len({row["validation"] for row in rows}) == 4 and all(len(row["tls"]) == 2 for row in rows)
+    assert (out / "table.md").read_text().splitlines() == lines
+    assert (out / "frontier.png").stat().st_size > 1000
+    monkeypatch.setattr(ablate.subprocess, "Popen", lambda *_, **__: pytest.fail("a complete run was trained again"))
+    assert ablate.run(options(arms, out, "--seeds", "1,2", "--json")) == 0
+    assert json.loads(capsys.readouterr().out) == rows
+
+
+def test_a_changed_arm_is_refused(arms, tmp_path):
+    ablate.plan(arms, [1], tmp_path / "out")
+    arms[1].write_text(arms[1].read_text().replace("0.1", "0.2"))
+    with pytest.raises(BlockffnError, match="chunk-1: was begun with another training file"):
+        ablate.plan(arms, [1], tmp_path / "out")
+
+
+def test_a_failing_run_says_which_and_why(arms, tmp_path):
+    (tmp_path / "text/bad.txt").write_bytes(b"\xff")
+    with pytest.raises(BlockffnError, match=r"none, seed 1: exit code 1: error: .*expected UTF-8 text"):
+        ablate.run(options(arms, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [(["--seeds", "a"], "--seeds: expected whole numbers"), (["--jobs", "0"], "--jobs: expected 1 or more")],
+)
+def test_bad_options(arms, tmp_path, more, message):
+    with pytest.raises(BlockffnError, match=message):
+        ablate.run(options(arms, tmp_path / "out", *more))
+
+
+def test_two_arms_of_one_name(arms, tmp_path):
+    (tmp_path / "b").mkdir()
+    twin = tmp_path / "b" / "none.toml"
+    twin.write_text('extends = "../base.toml"\n')
+    with pytest.raises(BlockffnError, match="none: two arms of one name"):
+        ablate.plan([*arms, twin], [1], tmp_path / "out")
