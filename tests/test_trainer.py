@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -216,15 +217,17 @@ def test_what_can_be_trained_is_read_back(tmp_path, text, family):
     assert accepted == {"vanilla": 2, "blockffn": 4 * 3 * 3, "deco": 7 * 3 * 4}[family]
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, text, precision):
+    run, use = {"precision": precision}, {"use": 0.1, "use_low": 0.2, "use_high": 0.3}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = Trainer(config_of(tmp_path / "a"), text)
+    whole = Trainer(config_of(tmp_path / "a", run=run, objective=use), text)
     whole.train()
-    first = Trainer(config_of(tmp_path / "b"), text)
+    first = Trainer(config_of(tmp_path / "b", run=run, objective=use), text)
     advance(first, 6)
     first.run.save()
-    second = Trainer(config_of(tmp_path / "b"), text)
+    second = Trainer(config_of(tmp_path / "b", run=run, objective=use), text)
     second.train()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name]), name
@@ -468,6 +471,17 @@ def test_recipe_of_a_mid_size_model_runs(text):
     assert np.mean(losses[-5:]) < losses[0] - 0.5 and {"locality", "chunk"} <= set(figures)
 
 
+def _run_whole(command: list[str]) -> None:
+    """Run a command that starts others; what is left of them after two minutes is ended with it."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, errors
+
+
 def test_two_processes_make_the_step_of_one(tmp_path, text):
     """torchrun on the loopback address: weights after three steps equal those of one process, to 1e-6."""
     folder = tmp_path / "text"
@@ -490,8 +504,7 @@ def test_two_processes_make_the_step_of_one(tmp_path, text):
         ]
         command = [sys.executable, *launcher, "blockffn", "train", str(place / "train.toml")]
         command += [part for word in words for part in ("--set", word)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        _run_whole(command)
         states.append(torch.load(place / "run/checkpoint.pt"))
     one, two = states
     assert one["step"] == two["step"] == 3

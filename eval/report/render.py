@@ -69,7 +69,7 @@ def _ops(name: str, results: Sequence[Result]) -> str:
 
 
 def _step(name: str, results: Sequence[Result]) -> str:
-    """Stacked bars of milliseconds per step, a bar per graph, number of tokens and context."""
+    """Stacked bars of milliseconds per token, a bar per graph, number of tokens and context."""
     rows = [row for result in results for row in _rows(result)]
     kinds = list(rows[0]["ms"])
     labels = [f"{row['ffn']}, {row['n']} after {row['past']}" for row in rows]
@@ -77,12 +77,12 @@ def _step(name: str, results: Sequence[Result]) -> str:
     def draw(axis: Any) -> None:
         left = [0.0] * len(rows)
         for kind in kinds:
-            widths = [max(0.0, row["ms"][kind]) for row in rows]
+            widths = [max(0.0, row["ms"][kind]) / row["n"] for row in rows]
             axis.barh(range(len(rows)), widths, left=left, height=0.65, label=kind)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axis.set_yticks(range(len(rows)), labels)
         axis.invert_yaxis()
-        axis.set_xlabel("ms per step")
+        axis.set_xlabel("ms per token: the step over the tokens that it evaluates at once")
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -1.1 / height), ncols=5, frameon=False)
 
     height = 1.8 + 0.3 * len(rows)
