@@ -567,7 +567,8 @@ def test_missing_key_bad_file_and_unknown_table(tmp_path):
     assert config_of(tmp_path).optimizer.steps == 12
     arm = read_config(tmp_path / "arm.toml")
     assert (arm.optimizer.steps, arm.optimizer.kind, arm.model.n_embd) == (77, "muon", 16)
-    (tmp_path / "arm.toml").write_text('extends = "arm.toml"\n')
+    (tmp_path / "arm.toml").write_text('extends = "other.toml"\n')
+    (tmp_path / "other.toml").write_text('extends = "arm.toml"\n')
     with pytest.raises(BlockffnError, match="extends: expected the path of another training file"):
         read_config(tmp_path / "arm.toml")
     with pytest.raises(BlockffnError, match="but family vanilla has none"):

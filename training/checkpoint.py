@@ -79,7 +79,8 @@ class Run:
         self.seconds = 0.0  # spent in training steps, over all sittings
         self._began = time.perf_counter()
         self._bar: tqdm[Any] | None = None
-        self._stopped: list[int] = []  # signals
+        self._stopped: list[int] = []  # signals that this process got
+        self._stopping = False  # whether a process of the run had one, at the end of the last step
         self._board: SummaryWriter | None = None
 
     @property
@@ -91,20 +92,17 @@ class Run:
         """Resume, then yield the number of every step that is left; Ctrl-C and SIGTERM end it after the step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
+        self._stopping = False
         with _stop_signals() as self._stopped, _progress(self.optimizer.steps, self.step) as self._bar:
             if self.flops_per_token:
                 dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
                 self._peak = parallel.size() * matmul_rate(next(self.module.parameters()).device, dtype)
             self._board = open_board(self.folder) if self.config.tensorboard and parallel.rank() == 0 else None
-            while not self.complete and not self.stopping():
+            while not self.complete and not self._stopping:
                 self._began = time.perf_counter()
                 yield self.step
             if self._board is not None:
                 self._board.close()
-
-    def stopping(self) -> bool:
-        """Whether this process or another of the run was asked to stop; all ask, after each step."""
-        return parallel.any_rank(bool(self._stopped), next(self.module.parameters()).device)
 
     def done(self, figures: dict[str, Any], evaluate: Callable[[int], dict[str, Any]]) -> None:
         """Count the step that `steps` yielded last, with its figures; evaluate, log and save when it is time."""
@@ -113,7 +111,7 @@ class Run:
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         if self._bar is not None:
             self._bar.update()
-        last = self.complete or self.stopping()
+        self._stopping = parallel.any_rank(bool(self._stopped), next(self.module.parameters()).device)
         if parallel.rank() > 0:
             return
         speed = o.batch_sequences * o.sequence_length / seconds
@@ -123,7 +121,7 @@ class Run:
             figures |= evaluate(run.eval_sequences)
         if self.complete or self.step % run.log_every == 0 or "validation" in figures:
             self._log(figures)
-        if last or self.step % run.save_every == 0:
+        if self.complete or self._stopping or self.step % run.save_every == 0:
             self.save()
 
     def last_good(self) -> str:
@@ -156,8 +154,10 @@ class Run:
         self._saved = self.step
 
     def _keep(self, path: Path) -> None:
-        """Put the last checkpoint aside under its step, and remove the oldest beyond `keep`."""
-        os.replace(path, path.with_stem(f"{path.stem}-{self._saved:07d}"))
+        """Keep the last checkpoint under its step too, and remove the oldest beyond `keep`."""
+        aside = path.with_stem(f"{path.stem}-{self._saved:07d}")
+        aside.unlink(missing_ok=True)
+        os.link(path, aside)  # checkpoint.pt itself stays until the next one takes its place
         for old in sorted(self.folder.glob(f"{path.stem}-*.pt"))[: -self.config.keep]:
             old.unlink()
 

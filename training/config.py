@@ -146,7 +146,8 @@ def read_config(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = 
     corpus = read_table(path, "corpus", tables, CorpusConfig)
     optimizer = read_table(path, "optimizer", tables, OptimizerConfig)
     objective = read_table(path, "objective", tables, ObjectiveConfig)
-    checkpoint = str(tables.get("model", {}).get("checkpoint", ""))
+    shape = tables.get("model")
+    checkpoint = str(shape.get("checkpoint", "")) if isinstance(shape, dict) else ""
     if checkpoint:
         model = _read_checkpoint(path, tables["model"], corpus)
         corpus = replace(corpus, tokenizer=corpus.tokenizer or str(Path(checkpoint) / "tokenizer.model"))
@@ -261,24 +262,29 @@ def _moe(m: _ModelTable) -> MoeConfig:
     )
 
 
-def read_tables(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    """The tables of a training file, with single values replaced. Raises BlockffnError when it is no TOML file."""
+def read_tables(
+    path: Path, overrides: Mapping[str, Mapping[str, Any]] | None, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """The tables of a training file, with single values replaced. Raises BlockffnError when it is no TOML file.
+
+    above: the files that extend it.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BlockffnError(f"{path}: cannot be read ({err.strerror}); give the path of a training file") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise BlockffnError(f"{path}: not a TOML file: {err}") from err
-    return _merged(_base(path, tables.pop("extends", None)), tables, overrides or {})
+    return _merged(_base(path, tables.pop("extends", None), (*above, path.resolve())), tables, overrides or {})
 
 
-def _base(path: Path, name: Any) -> dict[str, Any]:
+def _base(path: Path, name: Any, above: tuple[Path, ...]) -> dict[str, Any]:
     """The tables of the file that `path` extends, a path relative to its own folder; none without one."""
     if name is None:
         return {}
-    if not isinstance(name, str) or (path.parent / name).resolve() == path.resolve():
+    if not isinstance(name, str) or (path.parent / name).resolve() in above:
         raise BlockffnError(f"{path}: extends: expected the path of another training file, found {name!r}")
-    return read_tables(path.parent / name, None)
+    return read_tables(path.parent / name, None, above)
 
 
 def _merged(*files: Mapping[str, Any]) -> dict[str, Any]:
