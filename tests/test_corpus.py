@@ -112,6 +112,8 @@ def test_sources_are_files_folders_lines_and_packages(tmp_path):
     expected = [("a.jsonl:1", "first"), ("a.jsonl:3", "f\u00fcnf"), ("b/two.txt", "second\ntext")]
     assert [(os.path.relpath(name, tmp_path), text) for name, text in source] == expected
     assert list(source) == list(source)  # again and again
+    (pattern,) = corpora.open_sources([str(tmp_path / "**/*.txt")])
+    assert [text for _, text in pattern] == ["second\ntext"]
     (package,) = corpora.open_sources(["package:sentencepiece"])
     assert "sentencepiece/__init__.py" in dict(package)
     (capped,) = corpora.open_sources(["package:torch"], package_mb=0.1)

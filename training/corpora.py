@@ -6,7 +6,7 @@
     28
 
 A source is ``stdlib`` (the standard library and the help topics of pydoc_data), ``package:NAME`` (the Python sources of
-an installed package), or a path: a text file, a ``.jsonl`` file, a folder of both.
+an installed package), or a path: a text file, a ``.jsonl`` file, a folder of both, a pattern like ``docs/**/*.md``.
 
 A document is a candidate for the validation split when the SHA-256 of its text says so, hence the split never depends
 on file order or dates. Two kinds of candidates train all the same. A long one would dominate the validation loss: os.py
@@ -16,6 +16,7 @@ what posixpath.py says, and most help topics are parts of longer ones.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -73,9 +74,14 @@ def _open(name: str, json_field: str, package_mb: float) -> Source:
     if name.startswith("package:"):
         return _package(name, package_mb)
     path = Path(name)
-    files = [path] if path.is_file() else sorted(_text_files(path)) if path.is_dir() else None
-    if files is None:
-        raise BlockffnError(f"[corpus] sources: {name}: no such file or folder, and neither stdlib nor package:NAME")
+    if path.is_dir():
+        files = sorted(_text_files(path))
+    else:
+        files = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+        if not files:
+            raise BlockffnError(
+                f"[corpus] sources: {name}: no such file or folder, and neither stdlib nor package:NAME"
+            )
     if not files:
         raise BlockffnError(f"[corpus] sources: {name}: the folder holds no file (hidden ones are left out)")
     stats = [(str(file), file.stat()) for file in files]
