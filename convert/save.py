@@ -23,6 +23,7 @@ from torch import Tensor
 from blockffn.convert.families import write_config
 from blockffn.convert.hugging_face import shared_keys
 from blockffn.convert.model import ModelConfig
+from blockffn.whole_file import write_text
 
 
 def save_checkpoint(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path) -> None:
@@ -67,6 +68,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -6,45 +6,13 @@ import argparse
 import json
 
 import pytest
+from training_file import BLOCKFFN
 
 from blockffn.errors import BlockffnError
 from blockffn.training import ablate
 
-BASE = """
-[run]
-out = "unused"
-seed = 1
-threads = 1
-log_every = 2
-eval_every = 4
-eval_sequences = 1
-save_every = 2
-[corpus]
-vocab_size = 300
-sources = ["TEXT"]
-validation = ["TEXT/0.txt"]
-cache = "CACHE"
-[model]
-name = "arm"
-family = "blockffn"
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 2
-max_position_embeddings = 64
-tie_word_embeddings = true
-num_experts = 7
-dim_expert = 4
-[optimizer]
-kind = "muon"
-learning_rate = 1e-2
-steps = 4
-warmup_steps = 1
-decay_steps = 1
-sequence_length = 32
-batch_sequences = 2
-micro_sequences = 1
-"""
+CORPUS = 'vocab_size = 300\nsources = ["TEXT"]\nvalidation = ["TEXT/0.txt"]\ncache = "CACHE"'
+BASE = BLOCKFFN.split("[objective]")[0].replace("vocab_size = 320", CORPUS).replace("steps = 12", "steps = 6")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from blockffn.errors import BlockffnError
+from blockffn.whole_file import write_text
 
 FIGURES = "figures.json"  # in the folder of a run that is complete
 TABLE, RESULTS, FRONTIER = "table.md", "results.json", "frontier.png"
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         for one in runs
     ]
     shown = table(rows)
-    _write(args.out / RESULTS, json.dumps(rows, indent=1) + "\n")
-    _write(args.out / TABLE, shown + "\n")
+    write_text(args.out / RESULTS, json.dumps(rows, indent=1) + "\n")
+    write_text(args.out / TABLE, shown + "\n")
     plot(rows, args.out / FRONTIER)
     print(json.dumps(rows) if args.json else shown)
     return 0
@@ -122,7 +122,7 @@ def _check_unchanged(path: Path, config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=1) + "\n"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, text)
+        write_text(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise BlockffnError(
             f"{path.parent}: was begun with another training file; remove the folder, or use another --out"
@@ -171,7 +171,7 @@ def _finish(process: subprocess.Popen[str], one: Run) -> bool:
         raise BlockffnError(f"{one.arm}, seed {one.seed}: exit code {process.returncode}: {lines[-1]}")
     if not lines[-1].startswith("{"):
         return False
-    _write(one.folder / FIGURES, json.dumps(_with_extremes(json.loads(lines[-1])), indent=1) + "\n")
+    write_text(one.folder / FIGURES, json.dumps(_with_extremes(json.loads(lines[-1])), indent=1) + "\n")
     return True
 
 
@@ -227,9 +227,3 @@ def plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
     figure.tight_layout()
     figure.savefig(target, dpi=100)
     pyplot.close(figure)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -95,8 +95,8 @@ class Run:
         self._stopping = False
         with _stop_signals() as self._stopped, _progress(self.optimizer.steps, self.step) as self._bar:
             if self.flops_per_token:
-                dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-                self._peak = parallel.size() * matmul_rate(next(self.module.parameters()).device, dtype)
+                device = next(self.module.parameters()).device
+                self._peak = parallel.size() * matmul_rate(device, self.config.precision)
             self._board = open_board(self.folder) if self.config.tensorboard and parallel.rank() == 0 else None
             while not self.complete and not self._stopping:
                 self._began = time.perf_counter()

@@ -194,11 +194,10 @@ def choose_validation(sources: Sequence[Iterable[Document]], share: float) -> fr
     seen: set[bytes] = set()
     for _, text in _all(sources):
         document = digest(text)
-        if document in lines and document not in seen:
+        itself = None if document in seen else document  # a second time it is a copy
+        if document in lines:
             seen.add(document)
-            shared = Counter(c for line in _lines(text) for c in having.get(line, ()) if c != document)
-        else:
-            shared = Counter(candidate for line in _lines(text) for candidate in having.get(line, ()))
+        shared = Counter(c for line in _lines(text) for c in having.get(line, ()) if c != itself)
         copies.update(candidate for candidate, n in shared.items() if n > NEAR_COPY * len(lines[candidate]))
     return frozenset(lines.keys() - copies)
 

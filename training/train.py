@@ -77,7 +77,7 @@ class Trainer:
         adaptive: dict[str, Adaptive] = {
             "factor": self.factor, "entropy": self.entropy, "l1": self.l1, "use": self.use,
         }  # fmt: skip
-        flops = flops_per_token(config.model, o.sequence_length)
+        flops = flops_per_token(self.decoder, o.sequence_length)
         self.run = Run(run, o, identity, self.decoder, self.optimizers, adaptive, flops)
 
     def train(self) -> bool:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from blockffn.dial import checked_budget, checked_threshold
 from blockffn.errors import BlockffnError
+from blockffn.whole_file import write_text
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 BUDGET_SHARES = (0.5, 0.4, 0.3, 0.2)  # of the experts
@@ -93,12 +93,9 @@ class Record:
         row = self.rows.setdefault(point, {"threshold": point.threshold, "budget": point.budget})
         row |= figures
         if self.path is not None:
-            partial = self.path.with_name(self.path.name + ".partial")
             try:
-                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-                os.replace(partial, self.path)
+                write_text(self.path, json.dumps(self.to_dict(), indent=1) + "\n")
             except OSError as error:
-                partial.unlink(missing_ok=True)
                 raise BlockffnError(
                     f"{self.path}: cannot be written: {error.strerror}; what it held before is still there"
                 ) from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from blockffn.errors import BlockffnError
 from blockffn.eval.report.sections import SIZES, Subject, sections
+from blockffn.whole_file import write_text
 
 DEFAULT = Path("bench-report.html")
 EXAMPLE = "tiny-blockffn"
@@ -95,12 +95,9 @@ def _example(parts: Path) -> Subject:
 
 
 def _write(target: Path, text: str) -> None:
-    partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        write_text(target, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise BlockffnError(f"{target}: cannot be written: {error.strerror}") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from blockffn.eval.environment import ROOT
 from blockffn.eval.report.sections import Section
+from blockffn.whole_file import write_text
 
 Say = Callable[[str], None]
 WRONG_USAGE = 2  # exit code: this version has no such command or option
@@ -58,7 +59,7 @@ def run_section(section: Section, folder: Path, say: Say) -> list[Result] | None
             if result is None:
                 return None
             if not result.failure:
-                _write(kept, result)
+                write_text(kept, json.dumps(asdict(result)))
         results.append(result)
     return results
 
@@ -88,9 +89,3 @@ def _read(path: Path) -> Result | None:
         return Result(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write(path: Path, result: Result) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(result)), encoding="utf-8")
-    os.replace(partial, path)

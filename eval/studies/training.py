@@ -45,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, overrides(args.set))
     trainer = Trainer(config)
     loops: dict[str, Callable[[], Any]] = {"trainer": _advancing(trainer), "plain": PlainLoop(trainer).step}
-    o, dtype = config.optimizer, torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    o, precision = config.optimizer, config.run.precision
     tokens = args.steps * o.batch_sequences * o.sequence_length
-    flops = flops_per_token(config.model, o.sequence_length)
+    flops = flops_per_token(trainer.decoder, o.sequence_length)
     rates: dict[str, list[float]] = {name: [] for name in loops}
     shares: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(args.rounds + 1):  # the first round warms up
         for name in loops if number % 2 else reversed(loops):
-            peak = matmul_rate(trainer.device, dtype)
+            peak = matmul_rate(trainer.device, precision)
             started = time.perf_counter()
             for _ in range(args.steps):
                 loops[name]()
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     print(HEADER)
     for row in rows:
         print(LINE.format(**row))
-    print(
-        json.dumps({"config": str(args.config), "threads": torch.get_num_threads(), "type": str(dtype), "rows": rows})
-    )
+    print(json.dumps({"config": str(args.config), "threads": torch.get_num_threads(), "type": precision, "rows": rows}))
     return 0
 
 
