@@ -62,7 +62,10 @@ def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # what the umask allows; save_file leaves the file to its owner alone
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.chmod(mode)
     os.replace(partial, path)
 
 
