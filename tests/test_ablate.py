@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import numpy as np
 import pytest
 from training_file import BLOCKFFN
 
@@ -52,16 +53,27 @@ def test_two_arms_are_trained_once(arms, tmp_path, capsys, monkeypatch):
 
 def test_table_has_means_over_seeds_and_half_their_range():
     rows = [
-        {"arm": "a", "validation": 4.0, "tls": [0.5, 0.7], "fewest_sets": 30},
-        {"arm": "a", "validation": 4.2, "tls": [0.7, 0.9], "fewest_sets": 10},
-        {"arm": "dense", "validation": 4.5},
+        {"arm": "a", "validation": 4.0, "tls": [0.5, 0.7], "fewest_sets": 30, "document_nats": [3.0, 5.0]},
+        {"arm": "a", "validation": 4.2, "tls": [0.7, 0.9], "fewest_sets": 10, "document_nats": [3.0, 5.0]},
+        {"arm": "dense", "validation": 4.5, "document_nats": [3.6, 6.0]},
     ]
     assert ablate.table(rows).splitlines() == [
-        "| arm | loss | TLS | fewest sets |",
-        "|---|---|---|---|",
-        "| a | 4.100 +- 0.100 | 70.0 +- 10.0 | 20 +- 10 |",
-        "| dense | 4.500 | - | - |",
+        "| arm | loss | TLS | fewest sets | loss / a (95 %) |",
+        "|---|---|---|---|---|",
+        "| a | 4.100 +- 0.100 | 70.0 +- 10.0 | 20 +- 10 | 1 |",
+        "| dense | 4.500 | - | - | 1.200 (1.200 to 1.200) |",
     ]
+
+
+def test_interval_of_a_paired_ratio():
+    """Documents differ far more than models do on one document: the interval is that of the pairs."""
+    random = np.random.default_rng(3)
+    base = random.uniform(100, 10_000, size=200)
+    nats = base * random.normal(1.02, 0.02, size=200)
+    ratio, low, high = ablate.paired_ratio(nats, base)
+    assert low < ratio < high and ratio == nats.sum() / base.sum()
+    assert 0.002 < high - low < 0.012  # 2 * 1.96 * 0.02 / sqrt(200) = 0.0055, wider as long documents weigh more
+    assert ablate.paired_ratio(base, base) == (1, 1, 1)
 
 
 def test_seeds_are_runs_of_their_own(arms, tmp_path):

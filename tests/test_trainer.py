@@ -28,6 +28,7 @@ from blockffn.sparsity import of_activity
 from blockffn.training import cli, data, objectives
 from blockffn.training.config import OptimizerConfig, read_config
 from blockffn.training.data import Windows
+from blockffn.training.eagle import read_eagle_config
 from blockffn.training.model import Decoder, ReferenceModel
 from blockffn.training.optim import clip_gradients, orthogonalise, wsd
 from blockffn.training.train import Trainer
@@ -348,6 +349,18 @@ def test_objectives_begin_late(tmp_path, text):
     assert trainer.factor.step == 2  # its warm-up and windows count from there
 
 
+def test_objectives_relax(tmp_path, text):
+    """`relax` scales locality and chunk from its step on, and nothing else."""
+    options = {"relax": 1, "relax_factor": 0.5, "use": 0.1, "chunk_warmup": 0, "chunk_stable": 9}
+    trainer = Trainer(config_of(tmp_path, objective=options), text)
+    seen = []
+    for trainer.run.step in range(3):
+        seen.append(trainer.train_step())
+    for name in ("chunk_factor", "locality_factor"):
+        assert [figures[name] for figures in seen[1:]] == pytest.approx([seen[0][name] / 2] * 2)
+    assert seen[1]["use_factor"] == seen[2]["use_factor"] == pytest.approx(0.1)
+
+
 def test_use_wakes_a_dead_expert(tmp_path, text):
     """An expert whose logit is never above 0 has no gradient; the pull gives it one until it is used."""
     idle = []
@@ -426,6 +439,15 @@ def test_recipe_of_a_mid_size_model_runs(text):
         figures = trainer.train_step()
         losses.append(figures["loss"])
     assert np.mean(losses[-5:]) < losses[0] - 0.5 and {"locality", "chunk"} <= set(figures)
+
+
+def test_every_training_file_of_the_examples_is_read():
+    files = [f for f in sorted((ROOT / "examples").rglob("*.toml")) if f.stem not in ("base", "corpus")]
+    files = [f for f in files if f.parent.name != "base"]
+    assert len(files) > 20
+    for file in files:
+        config = read_eagle_config(file) if "eagle" in file.parent.name else read_config(file)
+        assert "package:sympy" in config.corpus.sources, file
 
 
 def _run_whole(command: list[str]) -> None:
@@ -551,6 +573,17 @@ def test_evaluation_states_what_eval_sparsity_states(tmp_path, text):
     pieces = SentencePieceProcessor(model_file=str(text.tokenizer))
     n_bytes = len(pieces.decode(text.validation[1 : 4 * 24 + 1].tolist()).encode())
     assert figures["bits_per_byte"] == pytest.approx(figures["validation"] * 96 / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_validation_loss_by_document(tmp_path, text):
+    trainer = Trainer(config_of(tmp_path), text)
+    figures = trainer.evaluate()
+    n = sum(figures["document_tokens"])
+    assert n == data.Windows(text.validation, 24, 0).count * 24
+    assert sum(figures["document_nats"]) / n == pytest.approx(figures["validation"])
+    starts = np.flatnonzero(text.validation == data.BOS_ID)
+    assert figures["document_tokens"][:2] == [starts[1] - 1, starts[2] - starts[1]]
+    assert "document_nats" not in trainer.evaluate(2)
 
 
 def test_bad_device_and_short_corpus(tmp_path, text):

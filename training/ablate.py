@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blockffn.errors import BlockffnError
 from blockffn.whole_file import write_text
 
+DRAWS = 10_000  # of the validation documents, for the interval of a paired comparison
 FIGURES = "figures.json"  # in the folder of a run that is complete
 TABLE, RESULTS, FRONTIER = "table.md", "results.json", "frontier.png"
 # column: figure, a share shown in per cent
@@ -183,13 +185,37 @@ def _with_extremes(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the figures as Markdown: a line per arm, means over the seeds with half the range behind a +-."""
+    """Return the figures as Markdown: a line per arm, means over the seeds with half the range behind a +-.
+
+    The last column divides by the loss of the first arm, with the interval of `paired_ratio`.
+    """
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
     names = [name for name, (key, _) in COLUMNS.items() if any(key in row for row in rows)]
-    lines = [f"| arm | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        cells = [_cell([row for row in rows if row["arm"] == arm], *COLUMNS[name]) for name in names]
+    first = next(iter(arms))
+    lines = [f"| arm | {' | '.join(names)} | loss / {first} (95 %) |", f"|---|{'---|' * (len(names) + 1)}"]
+    for arm, found in arms.items():
+        cells = [_cell(found, *COLUMNS[name]) for name in names]
+        ratio, low, high = paired_ratio(_document_nats(found), _document_nats(arms[first]))
+        cells.append("1" if arm == first else f"{ratio:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _document_nats(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    """The validation loss of each document, summed over its tokens, mean over the seeds: [documents]."""
+    return np.mean([row["document_nats"] for row in rows], axis=0)
+
+
+def paired_ratio(nats: NDArray[np.float64], base: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return how many times `base` the loss of `nats` is, and the 95 % bootstrap interval over documents.
+
+    nats, base [documents]: losses of the same documents, each summed over its tokens. Both are drawn together.
+    """
+    drawn = np.random.default_rng(0).integers(nats.size, size=(DRAWS, nats.size))
+    low, high = np.quantile(nats[drawn].sum(axis=1) / base[drawn].sum(axis=1), (0.025, 0.975))
+    return float(nats.sum() / base.sum()), float(low), float(high)
 
 
 def _cell(rows: Sequence[dict[str, Any]], key: str, percent: bool) -> str:

@@ -85,7 +85,7 @@ def summary(figures: dict[str, Any]) -> str:
     """Lines for people: validation loss, then each figure with its value, or its mean and the values per layer."""
     lines = [f"steps {figures['steps']}, {figures['seconds']} s, validation loss {figures['validation']:.4f}"]
     for name, value in figures.items():
-        if name in ("steps", "seconds", "validation"):
+        if name in ("steps", "seconds", "validation") or name.startswith("document_"):
             continue
         if isinstance(value, list):
             digits = 0 if name in COUNTS else 3

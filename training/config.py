@@ -38,6 +38,7 @@ BIAS_METHODS = ("base", "rms")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 FACTORS = ("locality", "chunk", "entropy", "l1", "bias_rate", "use", "top_k", "load_balance")  # of [objective]
+NOT_NEGATIVE = (*FACTORS, "begin", "relax", "relax_factor", "chunk_warmup", "chunk_stable")
 TYPE_NAMES = {"tuple[str, ...]": "a list of strings"}
 
 
@@ -104,6 +105,8 @@ class ObjectiveConfig:
     """Factors of the router's objectives; 0 switches one off."""
 
     begin: int = 0  # first step of locality and chunk
+    relax: int = 0  # from this step on their factors are multiplied by relax_factor; 0: never
+    relax_factor: float = 0.25
     locality: float = 0.0
     locality_beta: float = 100.0
     chunk: float = 0.0
@@ -320,7 +323,7 @@ def _check_values(path: Path, config: TrainConfig) -> None:
 
 def _check_objective(path: Path, o: ObjectiveConfig) -> None:
     """Raise BlockffnError for values of [objective] that make no sense."""
-    rules = [(key, getattr(o, key) >= 0, "0 or more") for key in (*FACTORS, "begin", "chunk_warmup", "chunk_stable")]
+    rules = [(key, getattr(o, key) >= 0, "0 or more") for key in NOT_NEGATIVE]
     positive = ("locality_beta", "chunk_size", "chunk_window", "chunk_max_factor")
     rules += [(key, getattr(o, key) > 0, "a positive number") for key in positive]
     rules += [

@@ -32,7 +32,7 @@ from blockffn.training import objectives, parallel
 from blockffn.training.checkpoint import Adaptive, Run, find_device, fingerprint, run_identity
 from blockffn.training.config import RunConfig, TrainConfig
 from blockffn.training.controllers import AdaptiveFactor, ExpertUse, SparsityController, update_expert_bias
-from blockffn.training.data import BOS_ID, EOS_ID, Corpus, Windows, bytes_of_pieces, prepare
+from blockffn.training.data import BOS_ID, EOS_ID, Corpus, Windows, bytes_of_pieces, document_ids, prepare
 from blockffn.training.model import Decoder
 from blockffn.training.optim import clip_gradients, make_optimizers, set_learning_rate, wsd
 from blockffn.training.speed import flops_per_token
@@ -124,12 +124,13 @@ class Trainer:
         """The objectives that act in this step: factor, and a value per layer of experts."""
         t = self.config.objective
         terms: dict[str, tuple[float, list[Tensor]]] = {}
+        eased = t.relax_factor if t.relax and self.run.step >= t.relax else 1.0
         if t.locality and self.run.step >= t.begin:
             values = [objectives.activation_locality(r, documents, t.locality_beta) for r in routers]
-            terms["locality"] = (t.locality, values)
+            terms["locality"] = (eased * t.locality, values)
         if t.chunk and self.run.step >= t.begin:
             values = [objectives.chunk_sparsification(a, documents, t.chunk_size) for a in selected]
-            terms["chunk"] = (self.factor.value(), values)
+            terms["chunk"] = (eased * self.factor.value(), values)
         if t.entropy:
             terms["entropy"] = (self.entropy.value(), [objectives.router_entropy(a, documents) for a in selected])
         if t.l1:
@@ -164,19 +165,27 @@ class Trainer:
     def evaluate(self, sequences: int = 0) -> dict[str, Any]:
         """Validation loss and sparsity over the first windows (0: all of them): see docs/training.md for the names."""
         length = self.config.optimizer.sequence_length
-        sizes = torch.from_numpy(bytes_of_pieces(self.corpus.tokenizer))  # [V]
-        losses, n_bytes, active = [], 0, []
-        for tokens in Windows(self.corpus.validation, length, 0).in_order(sequences):  # [1, T + 1]
+        stream = self.corpus.validation
+        losses, active = [], []
+        for tokens in Windows(stream, length, 0).in_order(sequences):  # [1, T + 1]
             inputs, targets = tokens[:, :-1].to(self.device), tokens[0, 1:].to(self.device)
             hidden, routers = self.decoder(inputs)
-            losses.append(functional.cross_entropy(self.decoder.logits(hidden)[0].float(), targets).item())
-            n_bytes += int(sizes[tokens[0, 1:]].sum())
+            logits = self.decoder.logits(hidden)[0].float()  # [T, V]
+            losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu().numpy())  # [T]
             if routers:
                 active.append(torch.cat(self.decoder.active(routers)).cpu().numpy())  # [layers, T, E]
+        nats = np.concatenate(losses).astype(np.float64)  # [n], of the tokens 1 to n of the stream
+        predicted = stream[1 : 1 + nats.size]
+        n_bytes = int(bytes_of_pieces(self.corpus.tokenizer)[predicted].sum())
         figures: dict[str, Any] = {
-            "validation": sum(losses) / len(losses),
-            "bits_per_byte": sum(losses) * length / math.log(2) / max(n_bytes, 1),
+            "validation": float(nats.mean()),
+            "bits_per_byte": float(nats.sum()) / math.log(2) / max(n_bytes, 1),
         }
+        if not sequences:
+            document = document_ids(stream[: 1 + nats.size])[1:]
+            document -= document[0]
+            figures["document_nats"] = np.bincount(document, nats).tolist()
+            figures["document_tokens"] = np.bincount(document).tolist()
         if active:
             figures |= sparsity_figures(of_activity(np.concatenate(active, axis=1), window=length))
         return figures
