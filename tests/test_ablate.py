@@ -52,16 +52,21 @@ def test_two_arms_are_trained_once(arms, tmp_path, capsys, monkeypatch):
 
 
 def test_table_has_means_over_seeds_and_half_their_range():
+    same = {"document_tokens": [1, 2], "document_nats": [3.0, 5.0]}
     rows = [
-        {"arm": "a", "validation": 4.0, "tls": [0.5, 0.7], "fewest_sets": 30, "document_nats": [3.0, 5.0]},
-        {"arm": "a", "validation": 4.2, "tls": [0.7, 0.9], "fewest_sets": 10, "document_nats": [3.0, 5.0]},
-        {"arm": "dense", "validation": 4.5, "document_nats": [3.6, 6.0]},
+        {"arm": "a", "validation": 4.0, "tls": [0.5, 0.7], "fewest_sets": 30, **same},
+        {"arm": "a", "validation": 4.2, "tls": [0.7, 0.9], "fewest_sets": 10, **same},
+        {"arm": "dense", "validation": 4.5, **same, "document_nats": [3.6, 6.0]},
+        {"arm": "other text", "validation": 4.5, "document_tokens": [3], "document_nats": [9.0]},
+        {"arm": "head", "validation": 0.5},
     ]
     assert ablate.table(rows).splitlines() == [
         "| arm | loss | TLS | fewest sets | loss / a (95 %) |",
         "|---|---|---|---|---|",
         "| a | 4.100 +- 0.100 | 70.0 +- 10.0 | 20 +- 10 | 1 |",
         "| dense | 4.500 | - | - | 1.200 (1.200 to 1.200) |",
+        "| other text | 4.500 | - | - | - |",
+        "| head | 0.500 | - | - | - |",
     ]
 
 

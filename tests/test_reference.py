@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
+from torch.nn import functional
 
 from blockffn.convert.model import MlaConfig, ModelConfig, MoeConfig
 from blockffn.errors import BlockffnError
 from blockffn.sparsity import of_activity
-from blockffn.training.model import Decoder, ReferenceModel
+from blockffn.training.model import Decoder, ReferenceModel, causal_attention
 
 MOE = MoeConfig(
     n_expert=7, expert_dim=4, gated=False, activation="silu", activation_eps=0.0, router_norm="rms",
@@ -302,6 +303,18 @@ def test_names_missing_and_misshapen_tensors():
         ReferenceModel(CONFIG, missing)
     with pytest.raises(BlockffnError, match=r"embed: expected shape \[29, 12\], found \[28, 12\]"):
         ReferenceModel(CONFIG, {**tensors, "embed": tensors["embed"][:28]})
+
+
+@pytest.mark.parametrize("length", [1, 7, 256, 257, 600])
+def test_attention_of_a_training_step_is_that_of_torch(length):
+    """Blocks of queries, forward and backward, in float64; blocks that are not full, and a single one."""
+    q, k, v = (torch.randn(2, 3, length, dim, dtype=torch.float64, requires_grad=True) for dim in (5, 5, 4))
+    found, wanted = causal_attention(q, k, v), functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2))
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
+    expected = torch.autograd.grad((wanted.transpose(1, 2).flatten(2) * weights).sum(), (q, k, v))
+    torch.testing.assert_close(gradients, expected)
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

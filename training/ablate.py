@@ -197,15 +197,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| arm | {' | '.join(names)} | loss / {first} (95 %) |", f"|---|{'---|' * (len(names) + 1)}"]
     for arm, found in arms.items():
         cells = [_cell(found, *COLUMNS[name]) for name in names]
-        ratio, low, high = paired_ratio(_document_nats(found), _document_nats(arms[first]))
-        cells.append("1" if arm == first else f"{ratio:.3f} ({low:.3f} to {high:.3f})")
+        cells.append("1" if arm == first else _ratio_cell(found, arms[first]))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _document_nats(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-    """The validation loss of each document, summed over its tokens, mean over the seeds: [documents]."""
-    return np.mean([row["document_nats"] for row in rows], axis=0)
+def _ratio_cell(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> str:
+    """`paired_ratio` of the means over the seeds; a dash where the runs did not see the same documents."""
+    documents = [row.get("document_tokens") for row in (*rows, *base)]
+    if documents[0] is None or any(found != documents[0] for found in documents):
+        return "-"
+    nats, base_nats = (np.mean([row["document_nats"] for row in some], axis=0) for some in (rows, base))
+    ratio, low, high = paired_ratio(nats, base_nats)
+    return f"{ratio:.3f} ({low:.3f} to {high:.3f})"
 
 
 def paired_ratio(nats: NDArray[np.float64], base: NDArray[np.float64]) -> tuple[float, float, float]:
