@@ -182,8 +182,7 @@ class Trainer:
             "bits_per_byte": float(nats.sum()) / math.log(2) / max(n_bytes, 1),
         }
         if not sequences:
-            document = document_ids(stream[: 1 + nats.size])[1:]
-            document -= document[0]
+            document = document_ids(predicted)
             figures["document_nats"] = np.bincount(document, nats).tolist()
             figures["document_tokens"] = np.bincount(document).tolist()
         if active:
